@@ -128,8 +128,8 @@ class ModelConfig:
       attention_bias, mlp_bias: whether the four (three) projections have a bias.
       tie_embeddings: the output projection is the transposed embedding table.
       initializer_range: standard deviation of the normal initialisation of every matrix.
-      vocab_multiple: vocabulary rows are padded to this multiple in memory and masked to -inf;
-        None pads to what the mesh needs. Never visible in an export.
+      vocab_multiple: vocabulary rows are padded to this multiple in memory, so that every usual
+        mesh divides them, and masked to -inf. The same on every mesh; never visible in an export.
       dtype: of activations and of weights as they enter a matrix product. Master weights, softmax,
         norms and the loss are float32.
       param_dtype: of the master weights.
@@ -152,7 +152,7 @@ class ModelConfig:
     mlp_bias: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
-    vocab_multiple: int | None = None
+    vocab_multiple: int = 128
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
@@ -180,8 +180,7 @@ class ModelConfig:
             problems.append(f"ModelConfig.head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.norm_eps <= 0:
             problems.append(f"ModelConfig.norm_eps={self.norm_eps} must be positive (Llama 2: 1e-5)")
-        if self.vocab_multiple is not None:
-            problems += _positive(self, "vocab_multiple")
+        problems += _positive(self, "vocab_multiple")
         problems += _one_of(self, "activation", ACTIVATIONS)
         problems += _one_of(self, "dtype", DTYPES)
         problems += _one_of(self, "param_dtype", DTYPES)

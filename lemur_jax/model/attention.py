@@ -1,0 +1,108 @@
+"""Who may attend to whom, and which kernel computes it.
+
+The mask rule, the only definition of "may attend": key j is visible to query i iff both have the
+same non-zero segment id and position[j] <= position[i]. Packed training, ragged prefill and decode
+differ only in the positions and segment ids they pass.
+
+Dimension key: B batch, T query length, S key length, H heads, K kv heads, D head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from lemur_kernels.attention import attention
+
+from lemur_jax import sharding
+from lemur_jax.config import ConfigError, ModelConfig
+
+
+def resolve_implementation(config: ModelConfig, backend: str) -> str:
+    """The kernel that "auto" means on a backend ("cpu", "gpu", "tpu"), decided before tracing.
+
+    Raises:
+      ConfigError: a named kernel does not exist on this backend.
+    """
+    if config.attention == "cudnn" and backend != "gpu":
+        raise ConfigError(
+            [f"ModelConfig.attention='cudnn' needs a GPU, the backend is {backend!r}: use 'auto'"]
+        )
+    if config.attention != "auto":
+        return config.attention
+    fused = backend == "gpu" and config.dtype != "float32"  # cuDNN's kernel has no float32 form
+    return "cudnn" if fused else "chunked"
+
+
+def self_attention(
+    q_BTHD: jax.Array,
+    k_BTKD: jax.Array,
+    v_BTKD: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    implementation: str,
+) -> jax.Array:
+    """Attention of a packed row to itself; runs on each device's rows, heads and query tokens.
+
+    When the mesh splits the tokens of a row, each device holds a part of the queries and gathers
+    all keys and values.
+    """
+    k_BTKD, v_BTKD = (_spread_kv_heads(x) for x in (k_BTKD, v_BTKD))
+    whole_rows = sharding.axis_size("length") == 1
+
+    def kernel(q, k, v, q_positions, kv_positions, q_segments, kv_segments):
+        return attention(
+            q,
+            k,
+            v,
+            q_positions_BT=q_positions,
+            kv_positions_BS=kv_positions,
+            q_segments_BT=q_segments,
+            kv_segments_BS=kv_segments,
+            packed=whole_rows,
+            implementation=implementation,
+        )
+
+    q_axes = ("batch", "length", "act_heads", None)
+    kv_axes = ("batch", None, "act_heads", None)
+    token_axes, all_token_axes = ("batch", "length"), ("batch", None)
+    run = sharding.per_device(
+        kernel,
+        (q_axes, kv_axes, kv_axes, token_axes, all_token_axes, token_axes, all_token_axes),
+        q_axes,
+    )
+    return run(
+        q_BTHD, k_BTKD, v_BTKD, positions_BT, positions_BT, segment_ids_BT, segment_ids_BT
+    )
+
+
+def cached_attention(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    q_positions_BT: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    kv_segments_BS: jax.Array,
+    implementation: str,
+) -> jax.Array:
+    """Attention of new tokens to a cache that already holds them."""
+    if implementation == "cudnn":  # takes no arbitrary positions; a decode step is bandwidth-bound
+        implementation = "chunked"
+    return attention(
+        q_BTHD,
+        k_BSKD,
+        v_BSKD,
+        q_positions_BT=q_positions_BT,
+        kv_positions_BS=kv_positions_BS,
+        q_segments_BT=q_segments_BT,
+        kv_segments_BS=kv_segments_BS,
+        packed=False,
+        implementation=implementation,
+    )
+
+
+def _spread_kv_heads(x_BTKD: jax.Array) -> jax.Array:
+    """Repeats kv heads when the tensor axis is wider than their number, so that each device's
+    query heads find their own: no more than one head for each device, never H."""
+    ways, kv_heads = sharding.axis_size("act_heads"), x_BTKD.shape[2]
+    if ways <= kv_heads:
+        return x_BTKD
+    return jnp.repeat(x_BTKD, ways // kv_heads, axis=2)

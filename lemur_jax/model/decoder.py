@@ -1,0 +1,254 @@
+"""The Llama decoder (arXiv:2307.09288, arXiv:2407.21783).
+
+Pre-norm blocks of grouped-query attention with rotary positions and a gated MLP, RMSNorm, no
+dropout. One signature serves packed training, ragged prefill and decode; the layers are scanned.
+
+Dimension key: B batch, T query length, S key length, E embed, H heads, K kv heads, D head dim,
+F mlp, V vocab (padded), L layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from lemur_jax.config import ModelConfig
+from lemur_jax.model import attention, rope
+from lemur_jax.model.cache import KVCache
+from lemur_jax.model.param import weight
+from lemur_jax.sharding import constrain, padded_vocab
+
+ACTIVATION = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# Activations that the remat policies "named" and "offload" keep: a layer's inputs to its large
+# products. What lies between them is cheap to compute again.
+SAVED_NAMES = ("qkv", "attention_out", "mlp_in")
+
+
+def rms_norm(x_BTE: jax.Array, scale_E: jax.Array, eps: float) -> jax.Array:
+    """RMSNorm (arXiv:1910.07467), float32 inside, dtype kept."""
+    x = x_BTE.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return (x * scale_E.astype(jnp.float32)).astype(x_BTE.dtype)
+
+
+class Block(nnx.Module):
+    """One layer. Biases exist only where the config has them."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        c = config
+        keys = iter(jax.random.split(key, 7))
+
+        def matrix(shape, axes):
+            return weight(next(keys), shape, axes, c.param_dtype, c.initializer_range)
+
+        def zeros(shape, axes):
+            return weight(None, shape, axes, c.param_dtype)
+
+        e, h, k, d, f = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
+        self.config = c
+        self.attention_norm = weight(None, (e,), ("norm",), c.param_dtype)
+        self.wq = matrix((e, h, d), ("embed", "heads", "head_dim"))
+        self.wk = matrix((e, k, d), ("embed", "kv_heads", "head_dim"))
+        self.wv = matrix((e, k, d), ("embed", "kv_heads", "head_dim"))
+        self.wo = matrix((h, d, e), ("heads", "head_dim", "embed"))
+        if c.attention_bias:
+            self.bq = zeros((h, d), ("heads", "head_dim"))
+            self.bk = zeros((k, d), ("kv_heads", "head_dim"))
+            self.bv = zeros((k, d), ("kv_heads", "head_dim"))
+            self.bo = zeros((e,), ("embed",))
+        self.mlp_norm = weight(None, (e,), ("norm",), c.param_dtype)
+        self.w_gate = matrix((e, f), ("embed", "mlp"))
+        self.w_up = matrix((e, f), ("embed", "mlp"))
+        self.w_down = matrix((f, e), ("mlp", "embed"))
+        if c.mlp_bias:
+            self.b_gate = zeros((f,), ("mlp",))
+            self.b_up = zeros((f,), ("mlp",))
+            self.b_down = zeros((e,), ("embed",))
+
+    def _linear(self, pattern: str, x: jax.Array, w: str, b: str) -> jax.Array:
+        """x times a weight in the compute dtype, plus its bias if the model has one."""
+        dtype = self.config.dtype
+        y = jnp.einsum(pattern, x, getattr(self, w)[...].astype(dtype))
+        if hasattr(self, b):
+            y = y + getattr(self, b)[...].astype(dtype)
+        return y
+
+    def qkv(self, x_BTE, cos_BTd, sin_BTd):
+        """Rotated queries and keys, and values: [B,T,H,D], [B,T,K,D], [B,T,K,D]."""
+        x = rms_norm(x_BTE, self.attention_norm[...], self.config.norm_eps)
+        q = self._linear("BTE,EHD->BTHD", x, "wq", "bq")
+        k = self._linear("BTE,EKD->BTKD", x, "wk", "bk")
+        v = self._linear("BTE,EKD->BTKD", x, "wv", "bv")
+        q, k = rope.rotate(q, cos_BTd, sin_BTd), rope.rotate(k, cos_BTd, sin_BTd)
+        q = constrain(q, "batch", "length", "act_heads", None)
+        return tuple(checkpoint_name(y, "qkv") for y in (q, k, v))
+
+    def finish(self, x_BTE, attended_BTHD):
+        """Output projection, residuals and MLP: [B,T,E]."""
+        attended_BTHD = checkpoint_name(attended_BTHD, "attention_out")
+        x = x_BTE + self._linear("BTHD,HDE->BTE", attended_BTHD, "wo", "bo")
+        x = constrain(x, "batch", "length", "act_embed")
+        y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)
+        y = checkpoint_name(y, "mlp_in")
+        gate = self._linear("BTE,EF->BTF", y, "w_gate", "b_gate")
+        up = self._linear("BTE,EF->BTF", y, "w_up", "b_up")
+        gate = constrain(gate, "batch", "length", "act_mlp")
+        y = ACTIVATION[self.config.activation](gate) * up
+        x = x + self._linear("BTF,FE->BTE", y, "w_down", "b_down")
+        return constrain(x, "batch", "length", "act_embed")
+
+
+def remat(body, policy: str):
+    """`body` with the activations that the policy names kept and the others recomputed."""
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return body
+    chosen = {
+        "full": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "named": policies.save_only_these_names(*SAVED_NAMES),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(SAVED_NAMES),
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[policy]
+    # prevent_cse is for bodies outside a scan; inside one it only blocks fusion.
+    return jax.checkpoint(body, policy=chosen, prevent_cse=False)
+
+
+class Decoder(nnx.Module):
+    """Embedding table, L blocks, final norm, head.
+
+    `layers` is one Block whose weights are stacked [L, ...] and scanned; `unstack` gives a tuple of
+    blocks for the sampler, where slicing stacked weights would copy them at every token.
+    """
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        table_key, head_key, layers_key = jax.random.split(key, 3)
+        vocab, std = padded_vocab(config), config.initializer_range
+        self.config = config
+        self.table = weight(
+            table_key, (vocab, config.embed), ("table_vocab", "table_embed"), config.param_dtype, std
+        )
+        self.layers = jax.vmap(functools.partial(Block, config))(
+            jax.random.split(layers_key, config.layers)
+        )
+        self.norm = weight(None, (config.embed,), ("norm",), config.param_dtype)
+        if not config.tie_embeddings:
+            self.head = weight(
+                head_key, (config.embed, vocab), ("embed", "vocab"), config.param_dtype, std
+            )
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Logits [B,T,V] float32 of the next token, -inf for padded vocabulary; and the new cache.
+
+        Args:
+          tokens_BT: int32.
+          positions_BT: int32, from 0 in each document.
+          segment_ids_BT: int32, 0 for padding.
+          cache: tokens seen before; these are appended to it.
+        """
+        x_BTE, cache = self.hidden(tokens_BT, positions_BT, segment_ids_BT, cache)
+        return self.logits(x_BTE), cache
+
+    def hidden(self, tokens_BT, positions_BT, segment_ids_BT, cache=None):
+        """Final normed states [B,T,E] and the new cache; arguments as in `__call__`."""
+        c = self.config
+        tokens_BT = constrain(tokens_BT, "batch", "length")
+        table = constrain(self.table[...].astype(c.dtype), "table_vocab", "lookup_embed")
+        x = constrain(table[tokens_BT], "batch", "length", "lookup_embed")
+        x = constrain(x, "batch", "length", "act_embed")
+        cos, sin = rope.tables(c.rope, c.head_dim, positions_BT, segment_ids_BT)
+        if cache is None:
+            x = self._train(x, cos, sin, positions_BT, segment_ids_BT)
+        else:
+            x, cache = self._extend(x, cos, sin, positions_BT, segment_ids_BT, cache)
+        return rms_norm(x, self.norm[...], c.norm_eps), cache
+
+    def logits(self, x_BTE: jax.Array) -> jax.Array:
+        """Projects states to the vocabulary: [B,T,V] float32, padded rows -inf."""
+        logits = jnp.einsum(
+            "BTE,EV->BTV", x_BTE, self.head_EV(), preferred_element_type=jnp.float32
+        )
+        logits = constrain(logits, "batch", "length", "act_vocab")
+        exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
+        return jnp.where(exists, logits, -jnp.inf)
+
+    def head_EV(self) -> jax.Array:
+        """The output projection [E,V] in the compute dtype; the transposed table when tied."""
+        w = self.table[...].T if self.config.tie_embeddings else self.head[...]
+        return w.astype(self.config.dtype)
+
+    def _train(self, x, cos, sin, positions, segment_ids):
+        def body(x, block):
+            q, k, v = block.qkv(x, cos, sin)
+            attended = attention.self_attention(
+                q, k, v, positions, segment_ids, self.config.attention
+            )
+            return block.finish(x, attended), None
+
+        if isinstance(self.layers, Block):
+            body = remat(body, self.config.remat)
+            return jax.lax.scan(body, x, self.layers)[0]
+        for block in self.layers:
+            x, _ = body(x, block)
+        return x
+
+    def _extend(self, x, cos, sin, positions, segment_ids, cache):
+        slot = cache.end
+        write = jax.lax.dynamic_update_slice
+        kv_positions = write(cache.positions, positions, (0, slot))
+        kv_segments = write(cache.segment_ids, segment_ids, (0, slot))
+
+        def body(x, block_and_cache):
+            block, k_cache, v_cache = block_and_cache
+            q, k, v = block.qkv(x, cos, sin)
+            k_cache = write(k_cache, k, (0, slot, 0, 0))
+            v_cache = write(v_cache, v, (0, slot, 0, 0))
+            attended = attention.cached_attention(
+                q, k_cache, v_cache, positions, segment_ids, kv_positions, kv_segments,
+                self.config.attention,
+            )  # fmt: skip
+            return block.finish(x, attended), (k_cache, v_cache)
+
+        if isinstance(self.layers, Block):
+            x, (k, v) = jax.lax.scan(body, x, (self.layers, cache.k, cache.v))
+        else:
+            pairs = []
+            for block, k_cache, v_cache in zip(self.layers, cache.k, cache.v, strict=True):
+                x, pair = body(x, (block, k_cache, v_cache))
+                pairs.append(pair)
+            k, v = (tuple(side) for side in zip(*pairs))
+        end = cache.end + x.shape[1]
+        return x, KVCache(k, v, kv_positions, kv_segments, end)
+
+
+def abstract(config: ModelConfig) -> Decoder:
+    """The model with ShapeDtypeStructs for weights: no memory, no time."""
+    return jax.eval_shape(functools.partial(Decoder, config), jax.random.key(0))
+
+
+def unstack(model: Decoder) -> Decoder:
+    """The same model with one Block for each layer; arrays are split, not shared."""
+    layers = tuple(
+        jax.tree.map(lambda w, i=i: w[i], model.layers) for i in range(model.config.layers)
+    )
+    split = jax.tree.map(lambda w: w, model)
+    split.layers = nnx.data(layers)
+    return split

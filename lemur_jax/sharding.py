@@ -1,0 +1,265 @@
+"""The device mesh and the one table from logical axes to mesh axes.
+
+No other file names a mesh axis. Weights and activations declare logical axes; this file decides
+where they lie. A logical axis that is not in the table is an error: a renamed weight must not be
+replicated in silence.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lemur_jax.config import ConfigError, MeshConfig, ModelConfig
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+
+# Logical axis -> mesh axis (or axes). None is replicated, on purpose.
+TABLE: dict[str, str | tuple[str, ...] | None] = {
+    # weights
+    "layers": None,
+    "norm": None,  # RMSNorm scales: E numbers, not worth a gather
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",  # replicated when there are fewer kv heads than the axis is wide
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    # The embedding table is looked up, not multiplied. Sharded over its vocabulary like the head,
+    # or looked up while its columns lie on the axis that splits the batch, XLA falls back to a
+    # full rematerialisation; so its columns are gathered over fsdp first, as any weight's are.
+    "table_vocab": None,
+    "table_embed": ("fsdp", "tensor"),
+    "lookup_embed": "tensor",
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "sequence",
+    "act_embed": None,
+    "act_heads": "tensor",
+    "act_mlp": "tensor",
+    "act_vocab": "tensor",
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lays the devices out as a mesh (data, fsdp, sequence, tensor), `dcn_data` slices outermost.
+
+    Args:
+      config: sizes; at most one is -1 and takes what the others leave.
+      devices: all of the job's devices; `jax.devices()` when None.
+
+    Raises:
+      ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else devices
+    sizes = resolve_mesh(config, len(devices))
+    inner = (sizes.data, sizes.fsdp, sizes.sequence, sizes.tensor)
+    if sizes.dcn_data > 1:
+        by_process = not hasattr(devices[0], "slice_index")  # hosts stand in for slices off-TPU
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (sizes.dcn_data, 1, 1, 1), devices=devices, process_is_granule=by_process
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(inner, devices=devices)
+    # Auto: the compiler propagates; Explicit axes reject gathers that carry no annotation.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
+    """Replaces the size -1 by what the other sizes leave of `device_count`."""
+    sizes = {
+        name: getattr(config, name) for name in ("data", "fsdp", "sequence", "tensor", "dcn_data")
+    }
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if free and device_count % fixed == 0:
+        sizes[free[0]] = device_count // fixed
+        fixed = device_count
+    if fixed != device_count:
+        shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        legal = [n for n in range(1, device_count + 1) if device_count % n == 0]
+        raise ConfigError(
+            [
+                f"MeshConfig: {shown} is {'a divisor of' if free else ''} {fixed} devices, but "
+                f"there are {device_count}; the sizes must multiply to {device_count} "
+                f"(legal sizes: {', '.join(map(str, legal))}), or set one of them to -1"
+            ]
+        )
+    return MeshConfig(**sizes)
+
+
+def _mesh_axes(logical: str, mesh_shape: dict[str, int], size: int | None) -> tuple[str, ...]:
+    if logical not in TABLE:
+        raise KeyError(
+            f"logical axis {logical!r} is not in lemur_jax.sharding.TABLE; "
+            f"known: {', '.join(sorted(TABLE))}"
+        )
+    axes = TABLE[logical] or ()
+    axes = (axes,) if isinstance(axes, str) else axes
+    if logical == "kv_heads" and size is not None:
+        wide = math.prod(mesh_shape[a] for a in axes)
+        if size < wide:
+            return ()
+    return axes
+
+
+def spec(
+    axes: tuple[str | None, ...], mesh: Any, shape: tuple[int, ...] | None = None
+) -> PartitionSpec:
+    """The partition of an array with these logical axes (None: not sharded).
+
+    Args:
+      axes: one logical axis for each dimension.
+      mesh: Mesh or AbstractMesh.
+      shape: needed where the table depends on a size (kv_heads).
+    """
+    mesh_shape = dict(mesh.shape)
+    sizes = shape if shape is not None else (None,) * len(axes)
+    entries, used = [], {}
+    for logical, size in zip(axes, sizes, strict=True):
+        names = () if logical is None else _mesh_axes(logical, mesh_shape, size)
+        for name in names:
+            if name in used:
+                raise ValueError(
+                    f"axes {axes}: {used[name]!r} and {logical!r} both map to mesh axis {name!r}"
+                )
+            used[name] = logical
+        entries.append(names[0] if len(names) == 1 else (names or None))
+    return PartitionSpec(*entries)
+
+
+def sharding(
+    axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+    """`spec` on a concrete mesh."""
+    return NamedSharding(mesh, spec(axes, mesh, shape))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation to the table inside jit. Without a mesh (jax.set_mesh) it does nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, mesh, x.shape))
+
+
+def axis_size(logical: str) -> int:
+    """How many ways the current mesh splits a logical axis; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    return math.prod(mesh.shape[a] for a in _mesh_axes(logical, dict(mesh.shape), None))
+
+
+def per_device(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
+    """Runs `fn` on each device's block: the only shard_map. Kernels never see a mesh.
+
+    Args:
+      fn: takes and returns local blocks; it must not communicate.
+      in_axes: logical axes of each argument.
+      out_axes: logical axes of the single result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return fn
+
+    def run(*args):
+        in_specs = tuple(spec(axes, mesh, arg.shape) for axes, arg in zip(in_axes, args))
+        # check_vma: custom_vjp kernels carry no varying-axes annotations.
+        return jax.shard_map(
+            fn, in_specs=in_specs, out_specs=spec(out_axes, mesh), check_vma=False
+        )(*args)
+
+    return run
+
+
+def place(local_rows: Callable[[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh):
+    """A global [B, ...] array over the mesh, of which each process makes only its own part.
+
+    Args:
+      local_rows: (start, stop) -> rows start..stop of the global array, all other dimensions whole.
+      shape: global shape.
+    """
+    axes = ("batch", "length") + (None,) * (len(shape) - 2)
+    where = sharding(axes, mesh)
+
+    def block(index):
+        start, stop, _ = index[0].indices(shape[0])
+        return local_rows(start, stop)[(slice(None), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, block)
+
+
+def local_row_range(rows: int, mesh: Mesh) -> tuple[int, int]:
+    """Smallest range of global batch rows that covers what this process's devices hold."""
+    where = sharding(("batch",), mesh)
+    indices = where.addressable_devices_indices_map((rows,)).values()
+    ranges = [index[0].indices(rows)[:2] for index in indices]
+    return min(r[0] for r in ranges), max(r[1] for r in ranges)
+
+
+def check(
+    model: ModelConfig,
+    mesh: MeshConfig,
+    *,
+    rows: int | None = None,
+    sequence_length: int | None = None,
+) -> None:
+    """Raises before anything is traced if the model does not divide over the mesh.
+
+    Args:
+      model: the model.
+      mesh: resolved sizes (no -1).
+      rows: rows of one micro-batch, over all devices.
+      sequence_length: T.
+
+    Raises:
+      ConfigError: each problem with the numbers and the nearest legal ones.
+    """
+    problems = []
+
+    def divides(name: str, size: int, axis: str, ways: int):
+        if size % ways:
+            legal = [n for n in range(1, size + 1) if size % n == 0 and n <= 4 * ways]
+            problems.append(
+                f"{name}={size} must divide by {axis}={ways}; legal {axis}: "
+                f"{', '.join(map(str, legal))}"
+            )
+
+    divides("ModelConfig.heads", model.heads, "MeshConfig.tensor", mesh.tensor)
+    divides("ModelConfig.mlp", model.mlp, "MeshConfig.tensor", mesh.tensor)
+    divides("ModelConfig.embed", model.embed, "MeshConfig.fsdp*tensor", mesh.fsdp * mesh.tensor)
+    padded = padded_vocab(model)
+    divides("padded vocabulary", padded, "MeshConfig.tensor", mesh.tensor)
+    if model.kv_heads % mesh.tensor and mesh.tensor % model.kv_heads:
+        legal = [
+            n
+            for n in range(1, model.heads + 1)
+            if model.heads % n == 0 and (model.kv_heads % n == 0 or n % model.kv_heads == 0)
+        ]
+        problems.append(
+            f"ModelConfig.kv_heads={model.kv_heads} and MeshConfig.tensor={mesh.tensor}: one must "
+            f"divide the other; legal tensor: {', '.join(map(str, legal))}"
+        )
+    if rows is not None:
+        ways = mesh.data * mesh.fsdp * mesh.dcn_data
+        if rows % ways:
+            below, above = rows - rows % ways, rows + ways - rows % ways
+            problems.append(
+                f"rows of a micro-batch (DataConfig.batch_size / TrainConfig.micro_batches) = "
+                f"{rows} must divide by MeshConfig data*fsdp*dcn_data={ways}; nearest legal: "
+                f"{', '.join(str(n) for n in (below, above) if n)}"
+            )
+    if sequence_length is not None:
+        divides("sequence_length", sequence_length, "MeshConfig.sequence", mesh.sequence)
+    if problems:
+        raise ConfigError(problems)
+
+
+def padded_vocab(model: ModelConfig) -> int:
+    """Rows of the vocabulary in memory: padded so that any usual mesh divides them."""
+    return -(-model.vocab_size // model.vocab_multiple) * model.vocab_multiple
