@@ -1,0 +1,182 @@
+"""Digests of arrays: 16 hex digits that do not depend on the sharding or number of devices.
+
+Each element's bits are mixed with a hash of its coordinates, and the results are summed modulo
+2^32; two such sums with different constants make the digest. A sum is what makes it indifferent
+to sharding and cheap on a device (one fused pass, four bytes of result for each shard); the
+coordinates are what make it notice swapped elements, rows and layers; and because the mix is a
+bijection of the bits, one changed element always changes both sums.
+It guards against accidents (bad disks, bad memory, wrong code), not against an adversary.
+
+    coordinate hash  c(i0, i1, ...) = seed + sum_d mix(i_d + (d + 1) * SPREAD)       mod 2^32
+    digest sum       s = sum over elements of mix(bits ^ c)                          mod 2^32
+
+Elements are 1, 2 or 4 bytes wide (bool, int8 ... float32); wider ones are refused.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_SPREAD = 0x9E3779B1  # 2^32 / golden ratio, odd: keeps the hashes of different axes apart
+# Shifts and odd multipliers of two well-tested 32-bit finalizers: murmur3's and lowbias32.
+_MIXES = (
+    (16, 0x85EBCA6B, 13, 0xC2B2AE35, 16),
+    (16, 0x7FEB352D, 15, 0x846CA68B, 16),
+)
+_SEEDS = (0x243F6A88, 0xB7E15162)  # digits of pi and e: nothing up the sleeve
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+_BLOCK_ELEMENTS = 1 << 18  # numpy works through blocks of 1 MiB, which stay in a core's cache
+
+
+def _uint_type(dtype: np.dtype) -> type[np.unsignedinteger]:
+    try:
+        return _BITS[np.dtype(dtype).itemsize]
+    except KeyError:
+        raise TypeError(
+            f"dtype {np.dtype(dtype).name} has no digest: elements must be 1, 2 or 4 bytes wide; "
+            "convert the array to a 32-bit type first"
+        ) from None
+
+
+def _mix(x, constants):
+    """A bijection of uint32 that spreads every input bit over the word; numpy and jax alike."""
+    shift_a, times_a, shift_b, times_b, shift_c = constants
+    x = (x ^ (x >> np.uint32(shift_a))) * np.uint32(times_a)
+    x = (x ^ (x >> np.uint32(shift_b))) * np.uint32(times_b)
+    return x ^ (x >> np.uint32(shift_c))
+
+
+# ---------------------------------------------------------------------------------------------
+# On devices
+# ---------------------------------------------------------------------------------------------
+
+
+def _device_sums(array: jax.Array) -> jax.Array:
+    """The two sums of one array of any shape and sharding; uint32 [2]."""
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, _uint_type(array.dtype)).astype(jnp.uint32)
+    sums = []
+    for constants, seed in zip(_MIXES, _SEEDS):
+        where = jnp.full((1,) * bits.ndim, seed, jnp.uint32)
+        for axis, size in enumerate(bits.shape):
+            shape = tuple(size if d == axis else 1 for d in range(bits.ndim))
+            coordinate = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+            spread = np.uint32((axis + 1) * _SPREAD & 0xFFFFFFFF)
+            where = where + _mix(coordinate + spread, constants)
+        sums.append(jnp.sum(_mix(bits ^ where, constants), dtype=jnp.uint32))
+    return jnp.stack(sums)
+
+
+@functools.cache
+def _sums_on(devices: tuple[jax.Device, ...]):
+    """The jitted function of all arrays that lie on these devices; jit caches by their shapes."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("all",))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def sums(arrays: Sequence[jax.Array]) -> jax.Array:
+        return jnp.stack([_device_sums(array) for array in arrays])
+
+    return jax.jit(sums, out_shardings=replicated)
+
+
+def _devices_of(array: jax.Array) -> tuple[jax.Device, ...]:
+    """Devices in the order in which jit sees them: arrays of one jitted call must agree in it."""
+    mesh = getattr(array.sharding, "mesh", None)
+    if mesh is not None:
+        return tuple(mesh.devices.flat)
+    return tuple(sorted(array.sharding.device_set, key=lambda device: device.id))
+
+
+def dispatch(arrays: Mapping[str, jax.Array]) -> list[tuple[list[str], jax.Array]]:
+    """Starts the digests of `arrays` on their devices and returns without waiting.
+
+    One jitted call serves all arrays of one set of devices. The arrays may be donated or deleted
+    as soon as this returns. Under jax.distributed every process must make the same call.
+
+    Returns:
+      What `collect` turns into digests.
+
+    Raises:
+      TypeError: an element type is wider than four bytes.
+    """
+    groups: dict[tuple[jax.Device, ...], list[str]] = {}
+    for name in sorted(arrays):  # the same order in every process
+        _uint_type(arrays[name].dtype)
+        groups.setdefault(_devices_of(arrays[name]), []).append(name)
+    return [
+        (names, _sums_on(devices)([arrays[name] for name in names]))
+        for devices, names in groups.items()
+    ]
+
+
+def collect(pending: list[tuple[list[str], jax.Array]]) -> dict[str, str]:
+    """Waits for `dispatch` and returns {name: digest}."""
+    digests = {}
+    for names, sums in pending:
+        for name, (first, second) in zip(names, np.asarray(sums)):
+            digests[name] = f"{first:08x}{second:08x}"
+    return digests
+
+
+def digest_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
+    """{name: digest} of device arrays, whatever their sharding; see `dispatch`."""
+    return collect(dispatch(arrays))
+
+
+# ---------------------------------------------------------------------------------------------
+# On the host
+# ---------------------------------------------------------------------------------------------
+
+
+class StreamingDigest:
+    """The digest of an array that is seen one block at a time, in any order, each element once."""
+
+    def __init__(self):
+        self._sums = [0, 0]
+
+    def add(self, block: np.ndarray, offset: Sequence[int]) -> None:
+        """Adds `block`, whose first element has coordinates `offset` in the whole array.
+
+        Raises:
+          TypeError: elements are wider than four bytes.
+          ValueError: `offset` has not one coordinate for each axis.
+        """
+        if len(offset) != block.ndim:
+            raise ValueError(f"offset {tuple(offset)} must have {block.ndim} coordinates")
+        if block.size > _BLOCK_ELEMENTS:
+            axis = next(d for d, size in enumerate(block.shape) if size > 1)
+            half = block.shape[axis] // 2
+            cut = [slice(None)] * axis
+            upper = [*offset]
+            upper[axis] += half
+            self.add(block[(*cut, slice(None, half))], offset)
+            self.add(block[(*cut, slice(half, None))], upper)
+            return
+        # At least one axis: numpy warns of overflow in scalars, and wrapping is what is wanted.
+        shape = block.shape or (1,)
+        bits = np.ascontiguousarray(block).reshape(shape).view(_uint_type(block.dtype))
+        bits = bits.astype(np.uint32)
+        for which, (constants, seed) in enumerate(zip(_MIXES, _SEEDS)):
+            where = np.full((1,) * len(shape), seed, np.uint32)
+            for axis, (size, start) in enumerate(zip(block.shape, offset)):
+                coordinate = np.arange(start, start + size, dtype=np.uint64).astype(np.uint32)
+                spread = np.uint32((axis + 1) * _SPREAD & 0xFFFFFFFF)
+                along = tuple(size if d == axis else 1 for d in range(block.ndim))
+                where = where + _mix(coordinate + spread, constants).reshape(along)
+            total = int(np.sum(_mix(bits ^ where, constants), dtype=np.uint64))
+            self._sums[which] = (self._sums[which] + total) & 0xFFFFFFFF
+
+    def hexdigest(self) -> str:
+        """16 hex digits, equal to `digest_arrays` of the whole array."""
+        return f"{self._sums[0]:08x}{self._sums[1]:08x}"
+
+
+def digest_numpy(array: np.ndarray) -> str:
+    """The digest of a host array of any shape; equal to `digest_arrays` of the same array."""
+    digest = StreamingDigest()
+    digest.add(array, (0,) * array.ndim)
+    return digest.hexdigest()
