@@ -416,3 +416,18 @@ class TrainConfig:
                 f"{self.optimizer.warmup_steps + decay} exceeds TrainConfig.steps={self.steps}"
             )
         _raise_if(problems)
+
+
+def model_config(stored: dict[str, Any]) -> ModelConfig:
+    """ModelConfig from what `dataclasses.asdict` made of it (a checkpoint's manifest).
+
+    Raises:
+      ConfigError: a key that this version does not know.
+    """
+    stored = dict(stored)
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise ConfigError([f"stored model config has unknown fields: {', '.join(unknown)}"])
+    stored["rope"] = RopeConfig(**stored["rope"])
+    return ModelConfig(**stored)

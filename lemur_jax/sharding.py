@@ -177,21 +177,21 @@ def per_device(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     return run
 
 
-def place(local_rows: Callable[[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh):
-    """A global [B, ...] array over the mesh, of which each process makes only its own part.
+def place(local: np.ndarray, first_row: int, rows: int, mesh: Mesh) -> jax.Array:
+    """A global [M, rows, T] array over the mesh, made from the rows that this process holds.
 
     Args:
-      local_rows: (start, stop) -> rows start..stop of the global array, all other dimensions whole.
-      shape: global shape.
+      local: [M, r, T], rows first_row .. first_row + r of each micro-batch.
+      first_row: as `local_row_range` gives it.
+      rows: R, rows of a micro-batch over all processes.
     """
-    axes = ("batch", "length") + (None,) * (len(shape) - 2)
-    where = sharding(axes, mesh)
+    where = sharding((None, "batch", "length"), mesh)
 
     def block(index):
-        start, stop, _ = index[0].indices(shape[0])
-        return local_rows(start, stop)[(slice(None), *index[1:])]
+        start, stop, _ = index[1].indices(rows)
+        return local[index[0], start - first_row : stop - first_row, index[2]]
 
-    return jax.make_array_from_callback(shape, where, block)
+    return jax.make_array_from_callback((local.shape[0], rows, local.shape[2]), where, block)
 
 
 def local_row_range(rows: int, mesh: Mesh) -> tuple[int, int]:

@@ -32,7 +32,7 @@ def weight(
         value = jnp.ones(shape, dtype)
     else:
         value = jnp.zeros(shape, dtype)
-    return nnx.Param(value, axes=axes)
+    return nnx.Param(value, axes=axes, declared_shape=shape)
 
 
 def _is_param(x: Any) -> bool:
@@ -42,15 +42,15 @@ def _is_param(x: Any) -> bool:
 def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
     """Logical axes of a leaf, `layers` in front where it is stacked.
 
-    Optimizer states are trees of the same Params. Adafactor's factored moments have lost an axis
-    of their parameter: they are small vectors, and replicated.
+    Optimizer states are trees of the same Params. A leaf that has not the shape of its parameter
+    (Adafactor's factored moments, sums over one axis) is small, and replicated.
     """
-    axes, ndim = param.get_metadata()["axes"], param.get_value().ndim
-    if ndim == len(axes):
-        return axes
-    if ndim == len(axes) + 1:
-        return ("layers", *axes)
-    return (None,) * ndim
+    metadata, shape = param.get_metadata(), param.get_value().shape
+    if shape == metadata["declared_shape"]:
+        return metadata["axes"]
+    if shape[1:] == metadata["declared_shape"]:
+        return ("layers", *metadata["axes"])
+    return (None,) * len(shape)
 
 
 def _leaf_sharding(leaf: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,258 @@
+"""A training run from config to final checkpoint. Mathematics is elsewhere; this only schedules.
+
+mesh -> data -> state -> step -> (evaluate, save) -> report
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from lemur_jax import checkpoint, sharding
+from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
+from lemur_jax.data.pipeline import Batch, Pipeline
+from lemur_jax.model.attention import resolve_implementation
+from lemur_jax.train import metrics as run_metrics
+from lemur_jax.train import saved
+from lemur_jax.train.loss import loss_sums
+from lemur_jax.train.optimizer import optimizer, schedule
+from lemur_jax.train.progress import StepProgress, StopRequest
+from lemur_jax.train.step import Metrics, make_step
+
+SKIP_REASONS = {1: "loss or gradient is not finite", 2: "gradient norm is a spike"}
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training cannot usefully go on; says at which step, why, and on which documents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+      step: steps done in all.
+      finished: False when a signal ended it early; the state is saved either way.
+      held_out_loss: nats per token of each source, of the last evaluation.
+      unigram_entropy: of the same held-out text.
+    """
+
+    step: int
+    finished: bool
+    held_out_loss: dict[str, float]
+    unigram_entropy: dict[str, float]
+
+
+def train(config: TrainConfig, operative_config: str) -> RunResult:
+    """Runs or resumes `config.run_dir` until `config.steps`, or until SIGTERM.
+
+    Args:
+      config: the run.
+      operative_config: gin text that builds `config` again; saved with every checkpoint.
+
+    Raises:
+      ConfigError: before anything is traced or written.
+      CheckpointError: a save or restore failed.
+      TrainingStoppedError: too many skipped steps in a row.
+    """
+    primary = jax.process_index() == 0
+    console = Console(quiet=not primary)
+    report = console.print
+    run_dir = Path(config.run_dir)
+
+    # ----- mesh ------------------------------------------------------------------------------
+    mesh = sharding.make_mesh(config.mesh)
+    rows = config.data.batch_size // config.micro_batches
+    sharding.check(
+        config.model,
+        sharding.resolve_mesh(config.mesh, mesh.size),
+        rows=rows,
+        sequence_length=config.data.sequence_length,
+    )
+    attention = resolve_implementation(config.model, jax.default_backend())
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, attention=attention)
+    )
+    shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    report(f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); attention: {attention}")
+
+    # ----- data ------------------------------------------------------------------------------
+    pipeline = Pipeline(config.data)
+    _check_vocabulary(config, pipeline)
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+
+    # ----- state -----------------------------------------------------------------------------
+    transform = optimizer(config.optimizer)
+    state = saved.starting_state(config, transform, mesh, pipeline, report)
+    first_step = int(state.step)
+    if primary:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.gin").write_text(operative_config)
+    log = run_metrics.RunLog(run_dir, first_step, enabled=primary)
+    if first_step:
+        log.write(first_step, {"resumed": 1.0})
+    writer = checkpoint.CheckpointWriter(
+        run_dir / checkpoint.CHECKPOINTS,
+        keep_latest=config.checkpoint.keep_latest,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        report=report,
+    )
+    small_files = saved.files(operative_config, pipeline)
+
+    def save(step: int) -> None:
+        writer.save(
+            step, saved.to_items(state), about=saved.about(config, pipeline, step), files=small_files
+        )
+
+    # ----- step ------------------------------------------------------------------------------
+    rate = schedule(config.optimizer, config.steps)
+    step_fn = jax.jit(make_step(transform, rate, config.optimizer, config.loss), donate_argnums=0)
+
+    @jax.jit
+    def eval_fn(model, batch):
+        return loss_sums(model, jax.tree.map(lambda x: x[0], batch), config.loss)
+
+    peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
+    report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
+    progress = StepProgress(
+        console,
+        first_step=first_step,
+        steps=config.steps,
+        steps_per_log=config.steps_per_log,
+        tokens_per_step=tokens_per_step,
+        flops_per_step=tokens_per_step
+        * run_metrics.flops_per_token(config.model, config.data.sequence_length),
+        peak_flops=peak * mesh.size,
+    )
+    stop = StopRequest()
+    step, saved_step, held_out = first_step, first_step, {}
+    unread: tuple[int, Metrics] | None = None  # metrics lag one step: the device never waits
+
+    def read_metrics() -> None:
+        if unread is not None:
+            _account(*unread, config, pipeline, log, progress, report)
+
+    # transfer_guard: an implicit copy between host and device in this loop is a bug.
+    with jax.set_mesh(mesh), writer, stop, progress, jax.transfer_guard("disallow"):
+        while step < config.steps and not stop.before(step):
+            batch = device_batch(pipeline, step, config.micro_batches, rows, mesh)
+            state, metrics = step_fn(state, batch)
+            read_metrics()
+            step += 1
+            unread = (step, metrics)
+            last = step == config.steps
+
+            # ----- evaluate ------------------------------------------------------------------
+            every = config.evaluation.steps_per_evaluation
+            if last or (every and step % every == 0):
+                read_metrics()
+                unread = None
+                with progress.paused():
+                    held_out = evaluate(eval_fn, state.model, pipeline, config.evaluation, mesh)
+                log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
+                report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
+
+            # ----- save ----------------------------------------------------------------------
+            if last or step % config.checkpoint.steps_per_save == 0:
+                with progress.paused():
+                    save(step)
+                saved_step = step
+
+        read_metrics()
+        if step < config.steps and saved_step != step:
+            report(f"asked to stop: saving step {step}")
+            save(step)
+        writer.wait()
+    log.close()
+
+    # ----- report ----------------------------------------------------------------------------
+    entropy = {source: pipeline.unigram_entropy(source) for source in pipeline.sources}
+    if primary:
+        report(f"loss curve: {run_metrics.plot_losses(run_dir, entropy)}")
+    return RunResult(step, step >= config.steps, held_out, entropy)
+
+
+def device_batch(
+    pipeline: Pipeline, step: int, micro_batches: int, rows: int, mesh: Mesh
+) -> Batch:
+    """The global batch of a step on the mesh, [M,R,T]; each process reads only its own rows."""
+    start, stop = sharding.local_row_range(rows, mesh)
+    parts = [
+        pipeline.rows(step, micro * rows + start, micro * rows + stop)
+        for micro in range(micro_batches)
+    ]
+    return Batch(*(sharding.place(np.stack(field), start, rows, mesh) for field in zip(*parts)))
+
+
+def evaluate(
+    eval_fn: Callable, model, pipeline: Pipeline, config: EvaluationConfig, mesh: Mesh
+) -> dict[str, float]:
+    """Held-out loss of each source, nats per token; the same batches every time."""
+    losses = {}
+    for source in pipeline.sources:
+        sums = []
+        for index in range(min(config.batches, pipeline.evaluation_batches(source))):
+            batch = pipeline.evaluation(source, index)
+            rows = batch.inputs.shape[0]
+            start, stop = sharding.local_row_range(rows, mesh)
+            placed = (sharding.place(x[None, start:stop], start, rows, mesh) for x in batch)
+            sums.append(eval_fn(model, Batch(*placed)))
+        nll, _, tokens = (sum(column) for column in zip(*jax.device_get(sums)))
+        losses[source] = float(nll / tokens)
+    return losses
+
+
+def _check_vocabulary(config: TrainConfig, pipeline: Pipeline) -> None:
+    if pipeline.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"ModelConfig.vocab_size={config.model.vocab_size} is smaller than the "
+                f"{pipeline.vocab_size} tokens of the data set {config.data.path}: set it to at "
+                f"least {pipeline.vocab_size}"
+            ]
+        )
+
+
+def _beside_unigram(held_out: dict[str, float], pipeline: Pipeline) -> str:
+    return ", ".join(
+        f"{source} {loss:.3f} nats/token (unigram entropy {pipeline.unigram_entropy(source):.3f})"
+        for source, loss in held_out.items()
+    )
+
+
+def _account(
+    step: int,
+    metrics: Metrics,
+    config: TrainConfig,
+    pipeline: Pipeline,
+    log: run_metrics.RunLog,
+    progress: StepProgress,
+    report: Callable[[str], None],
+) -> None:
+    """Fetches the metrics of a finished step, logs them, and stops a run that only skips."""
+    values = Metrics(*(float(x) for x in jax.device_get(metrics)))
+    progress.advance(step, values.loss)
+    if step % config.steps_per_log == 0 or step == config.steps or values.skipped:
+        line = {f"train/{name}": value for name, value in values._asdict().items()}
+        line["train/tokens_per_second"] = progress.tokens_per_second
+        line["train/mfu"] = progress.mfu
+        log.write(step, {name: value for name, value in line.items() if math.isfinite(value)})
+    if not values.skipped:
+        return
+    documents = pipeline.provenance(step - 1)  # step 1 is made by batch 0
+    what = (
+        f"{SKIP_REASONS[int(values.skipped)]} (loss {values.loss:.4g}, gradient norm "
+        f"{values.grad_norm:.4g})"
+    )
+    report(f"step {step} skipped: {what}; its rows: {documents}")
+    if values.skipped_in_a_row >= config.optimizer.max_skipped_in_a_row:
+        raise TrainingStoppedError(
+            f"stopped at step {step}: {values.skipped_in_a_row:.0f} steps in a row were skipped, "
+            f"OptimizerConfig.max_skipped_in_a_row={config.optimizer.max_skipped_in_a_row}. Last: "
+            f"{what}. Look at the learning rate, the data ({documents}) and the weights"
+        )

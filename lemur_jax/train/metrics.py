@@ -1,0 +1,165 @@
+"""What a run tells people: FLOPs and MFU, metrics.jsonl, TensorBoard events, the loss curve."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from lemur_jax.config import ModelConfig
+from lemur_jax.model import decoder, param
+
+# Dense bf16 peak of one device, FLOP/s, as the vendors state it. Keys begin `device_kind`.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+    """FLOPs that one token of a training step needs: 6 N + 6 L H D T.
+
+    N are the weights that a token is multiplied by (the embedding table is only looked up). The
+    second term is causal attention, half of the 12 L H D T of the PaLM convention
+    (arXiv:2204.02311 appendix B). Recomputation does not count.
+    """
+    flat = param.flatten(decoder.abstract(config))
+    weights = sum(leaf.size for name, leaf in flat.items() if name != "table")
+    if config.tie_embeddings:
+        weights += flat["table"].size
+    return 6.0 * weights + 6.0 * config.layers * config.heads * config.head_dim * sequence_length
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+    """Peak FLOP/s of one device and how it was obtained. NaN where it is not known.
+
+    A CPU's peak is measured: the best of a few 1024^3 float32 products, over the simulated devices
+    that share the machine.
+    """
+    for kind, peak in PEAK_FLOPS.items():
+        if device.device_kind.startswith(kind):
+            return peak, f"{device.device_kind}: {peak / 1e12:.0f} TFLOP/s bf16, vendor's figure"
+    if device.platform == "cpu":
+        size = 1024
+        x = jnp.ones((size, size), jnp.float32)
+        product = jax.jit(jnp.matmul)
+        product(x, x).block_until_ready()
+        best = math.inf
+        for _ in range(10):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+        peak = 2 * size**3 / best
+        return (
+            peak / jax.local_device_count(),
+            f"CPU: {peak / 1e9:.0f} GFLOP/s, the best of ten 1024^3 float32 products",
+        )
+    return math.nan, f"{device.device_kind}: peak not known, no MFU"
+
+
+@dataclasses.dataclass
+class RunLog:
+    """metrics.jsonl and TensorBoard events of a run; only the first process writes.
+
+    A resumed run continues the files: lines of steps that the restored checkpoint has not seen are
+    dropped, so that the curve has each step once.
+    """
+
+    run_dir: Path
+    first_step: int
+    enabled: bool
+
+    def __post_init__(self):
+        if not self.enabled:
+            return
+        # TensorBoard's writer needs TensorFlow for gs:// only; its stub keeps the import light.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        path = self.run_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.first_step]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._events = EventFileWriter(str(self.run_dir / "events"))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl and one event for each value, at a step (1 = after the first)."""
+        if not self.enabled:
+            return
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        summary = Summary(
+            value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
+        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        if self.enabled:
+            self._file.close()
+            self._events.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    values = []
+    for number, line in enumerate(lines):
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number + 1 < len(lines):
+                raise
+    return values
+
+
+def plot_losses(run_dir: Path, unigram_entropy: dict[str, float]) -> Path:
+    """Writes loss.png: training loss, held-out loss of each source and its unigram entropy, and
+    the steps at which the run was resumed.
+
+    Args:
+      run_dir: of the run, with metrics.jsonl.
+      unigram_entropy: nats per token of each source's held-out text.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines = read_metrics(run_dir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    train = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    if train:
+        axes.plot(*zip(*train), color="0.6", linewidth=1, label="training")
+    for index, (source, entropy) in enumerate(unigram_entropy.items()):
+        tag, color = f"evaluation/{source}/loss", f"C{index}"
+        held_out = [(line["step"], line[tag]) for line in lines if tag in line]
+        if held_out:
+            axes.plot(*zip(*held_out), "o-", color=color, label=f"held-out {source}")
+        axes.axhline(
+            entropy, color=color, linestyle=":", label=f"unigram entropy of {source}: {entropy:.2f}"
+        )
+    resumed = [line["step"] for line in lines if "resumed" in line]
+    for index, step in enumerate(resumed):
+        label = "resumed" if index == 0 else None
+        axes.axvline(step, color="k", linestyle="--", linewidth=0.8, label=label)
+    axes.set(xlabel="step", ylabel="nats per token", title=run_dir.name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path = run_dir / "loss.png"
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

@@ -1,0 +1,117 @@
+"""One optimizer step, pure: (state, batch) -> (state, metrics).
+
+Dimension key: M micro-batches, R rows of one micro-batch, T length.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lemur_jax.config import LossConfig, OptimizerConfig
+from lemur_jax.data.pipeline import Batch
+from lemur_jax.model.decoder import Decoder
+from lemur_jax.train.loss import LossSums, loss_sums
+from lemur_jax.train.state import Guard, TrainState
+
+WARM_STEPS = 20  # applied steps before the running mean of the norm is worth comparing to
+NORM_MEMORY = 0.98  # of the running mean: about the last fifty steps
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step. `skipped`: 0 applied, 1 non-finite, 2 spike."""
+
+    loss: jax.Array  # nats per weighted token
+    z_loss: jax.Array  # per weighted token
+    grad_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+    tokens: jax.Array  # weighted tokens
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+
+
+def gradients(model: Decoder, batch: Batch, config: LossConfig) -> tuple[LossSums, Decoder]:
+    """Loss sums and their gradient, summed over the M micro-batches of a [M,R,T] batch.
+
+    Sums and weights are added up and divided once by the caller: packing, padding and the number
+    of micro-batches do not change the loss.
+    """
+
+    def total(model: Decoder, part: Batch):
+        sums = loss_sums(model, part, config)
+        return sums.nll + sums.z, sums
+
+    grad_fn = jax.grad(total, has_aux=True)
+    if batch.inputs.shape[0] == 1:
+        grads, sums = grad_fn(model, jax.tree.map(lambda x: x[0], batch))
+        return sums, grads
+
+    def add(carry, part: Batch):
+        grads, sums = grad_fn(model, part)
+        return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, model))
+    return jax.lax.scan(add, start, batch)[0]
+
+
+def make_step(
+    transform: optax.GradientTransformation,
+    rate: Callable[[jax.Array], jax.Array],
+    optimizer: OptimizerConfig,
+    loss: LossConfig,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step for one configuration; jit it with the state donated.
+
+    A step whose loss or gradient is not finite, or whose gradient norm is a spike, leaves model and
+    optimizer as they were and says so in the metrics.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        sums, grads = gradients(state.model, batch, loss)
+        tokens = jnp.maximum(sums.tokens, 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
+        norm, mean_loss = optax.global_norm(grads), sums.nll / tokens
+
+        guard = state.guard
+        finite = jnp.isfinite(norm) & jnp.isfinite(mean_loss)
+        spike = jnp.asarray(False)
+        if optimizer.spike_factor:
+            limit = optimizer.spike_factor * guard.mean_norm
+            spike = finite & (guard.applied >= WARM_STEPS) & (norm > limit)
+        apply = finite & ~spike
+
+        learning_rate = rate(state.step)
+        updates, opt_state = transform.update(grads, state.opt_state, state.model)
+        model = jax.tree.map(
+            lambda w, u: jnp.where(apply, w - learning_rate * u, w).astype(w.dtype),
+            state.model,
+            updates,
+        )
+        opt_state = jax.tree.map(
+            lambda new, old: jnp.where(apply, new, old), opt_state, state.opt_state
+        )
+        mean_norm = jnp.where(
+            guard.applied == 0,
+            norm,
+            NORM_MEMORY * guard.mean_norm + (1 - NORM_MEMORY) * norm,
+        )
+        guard = Guard(
+            mean_norm=jnp.where(apply, mean_norm, guard.mean_norm),
+            applied=guard.applied + apply,
+            skipped_in_a_row=jnp.where(apply, 0, guard.skipped_in_a_row + 1),
+        )
+        metrics = Metrics(
+            loss=mean_loss,
+            z_loss=sums.z / tokens,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            tokens=sums.tokens,
+            skipped=jnp.where(apply, 0, jnp.where(finite, 2, 1)),
+            skipped_in_a_row=guard.skipped_in_a_row,
+        )
+        return TrainState(state.step + 1, model, opt_state, guard), metrics
+
+    return step
