@@ -9,10 +9,12 @@ import dataclasses
 import math
 from typing import Any
 
+from lemur_jax.errors import LemurError
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class ConfigError(ValueError):
+class ConfigError(LemurError, ValueError):
     """One or more settings that cannot work. `problems` holds one line for each."""
 
     def __init__(self, problems: list[str]):

@@ -16,6 +16,7 @@ from rich.console import Console
 from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
+from lemur_jax.errors import LemurError
 from lemur_jax.model.attention import resolve_implementation
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train import saved
@@ -27,7 +28,7 @@ from lemur_jax.train.step import Metrics, make_step
 SKIP_REASONS = {1: "loss or gradient is not finite", 2: "gradient norm is a spike"}
 
 
-class TrainingStoppedError(RuntimeError):
+class TrainingStoppedError(LemurError):
     """Training cannot usefully go on; says at which step, why, and on which documents."""
 
 

@@ -1,0 +1,33 @@
+# `make demo`: the main job end to end on this machine. `make test`: the tests.
+PYTHON ?= python3
+VENV ?= .venv
+UV = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
+
+.PHONY: demo test test-slow check fmt
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/python tools/demo.py
+
+test: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest
+
+test-slow: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest -m slow
+
+check: $(VENV)/.ready-test
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+fmt: $(VENV)/.ready-test
+	$(VENV)/bin/ruff check --fix . && $(VENV)/bin/ruff format .
+
+$(VENV)/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet uv==0.13.9
+	$(UV) -r requirements.txt
+	$(UV) --no-deps -e .
+	touch $@
+
+# torch through pip, which takes a local wheel where one is configured; see requirements-test.txt.
+$(VENV)/.ready-test: $(VENV)/.ready requirements-test.txt
+	$(VENV)/bin/pip install --quiet -r requirements-test.txt
+	touch $@

@@ -1,0 +1,300 @@
+"""The `lemur` command: flags to calls, errors to one clear message.
+
+Nothing heavy is imported before a sub-command runs: `lemur --help` answers at once, and `sample` and
+`convert` never see TensorFlow.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lemur_jax.errors import LemurError
+
+EXIT_BAD_INPUT = 2
+EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
+
+
+class UsageError(LemurError):
+    """A flag that does not exist or a value that a flag does not take."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message}\n{self.format_usage().strip()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one sub-command; the exit status: 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options, bindings = _parse(argv)
+        return options.run(options, bindings) or 0
+    except LemurError as error:
+        print(f"lemur: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Flags, and the NAME=VALUE of each --gin.NAME=VALUE."""
+    bindings = [flag.removeprefix("--gin.") for flag in argv if flag.startswith("--gin.")]
+    rest = [flag for flag in argv if not flag.startswith("--gin.")]
+    for binding in bindings:
+        if "=" not in binding:
+            raise UsageError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE")
+    parser = _parser()
+    options, unknown = parser.parse_known_args(rest)
+    if unknown:
+        flags = [flag for action in options.parser._actions for flag in action.option_strings]
+        problems = []
+        for word in unknown:
+            close = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; flags: {', '.join(flags)}"
+            problems.append(f"unknown argument {word}{hint}")
+        raise UsageError("\n".join(problems))
+    if bindings and "gin_file" not in options:
+        raise UsageError(f"--gin.{bindings[0]}: this command takes no gin settings")
+    return options, bindings
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lemur",
+        description="Train, convert and sample Llama-class models in JAX.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run, summary: str, into=commands) -> argparse.ArgumentParser:
+        made = into.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        made.set_defaults(run=run, parser=made)
+        return made
+
+    def gin(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--gin_file", action="append", default=[], metavar="F", help="may repeat; later wins"
+        )
+        made.epilog = "--gin.NAME=VALUE overrides any setting, e.g. --gin.TrainConfig.steps=100"
+
+    train = command("train", _train, "train or resume a run described by gin files")
+    gin(train)
+    train.add_argument(
+        "--dry_run", action="store_true", help="print config, sizes, mesh and memory, then stop"
+    )
+    train.add_argument(
+        "--coordinator", help="HOST:PORT of process 0, or 'auto' on a TPU pod or SLURM"
+    )
+    train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
+    train.add_argument("--process", type=int, help="number of this one, from 0, with HOST:PORT")
+
+    convert = command("convert", _convert, "convert weights: Hugging Face <-> lemur_jax")
+    convert.add_argument("source", metavar="SRC", help="run, checkpoint or Hugging Face directory")
+    convert.add_argument("target", metavar="DST", help="new directory")
+    convert.add_argument("--to", choices=("hf", "lemur"), help="default: the other of the two")
+    convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    convert.add_argument(
+        "--max_shard_bytes", type=int, default=5_000_000_000, help="of a safetensors file"
+    )
+
+    sample = command("sample", _sample, "generate text from a run, checkpoint or HF directory")
+    sample.add_argument("path", metavar="PATH")
+    sample.add_argument("--prompt", help="text to continue")
+    sample.add_argument("--input", metavar="F.jsonl", help='one {"prompt": ...} a line')
+    sample.add_argument("--output", metavar="G.jsonl", help="where the answers to --input go")
+    sample.add_argument("--max_new_tokens", type=int, default=128)
+    sample.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    sample.add_argument("--top_k", type=int, default=0, help="0: off")
+    sample.add_argument("--top_p", type=float, default=1.0)
+    sample.add_argument("--min_p", type=float, default=0.0)
+    sample.add_argument("--repetition_penalty", type=float, default=1.0)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--n", type=int, default=1, help="samples of the prompt")
+    sample.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may repeat")
+    sample.add_argument("--dtype", help="compute dtype; default: the model's")
+    sample.add_argument("--no_stream", action="store_true", help="print only when done")
+
+    data = command("data", None, "collect, tokenise, pack and inspect training data")
+    steps = data.add_subparsers(title="steps", metavar="STEP", required=True)
+    corpus = command("corpus", _data_corpus, "collect the demo corpus of this machine", steps)
+    corpus.add_argument("out", metavar="DIR")
+    corpus.add_argument("--seed", type=int, default=0)
+    tokenizer = command("tokenizer", _data_tokenizer, "train a SentencePiece tokenizer", steps)
+    tokenizer.add_argument("files", nargs="+", metavar="F.jsonl")
+    tokenizer.add_argument("--out", required=True, metavar="DIR")
+    tokenizer.add_argument("--vocab_size", type=int, default=8192)
+    tokenizer.add_argument("--seed", type=int, default=0)
+    build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
+    gin(build)
+    inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
+    inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
+    inspect.add_argument("--source", help="default: each of them")
+    inspect.add_argument("--split", default="train")
+    inspect.add_argument("--rows", type=int, default=2)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------
+
+
+def _train(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+
+    classes = [
+        kind
+        for kind in vars(config).values()
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    ]
+    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, classes)
+    _join_processes(options)
+    if options.dry_run:
+        _dry_run(run, text)
+        return 0
+    from lemur_jax.train import loop
+
+    result = loop.train(run, text)
+    return 0 if result.finished else EXIT_TERMINATED
+
+
+def _join_processes(options: argparse.Namespace) -> None:
+    if options.coordinator is None:
+        if options.processes is not None or options.process is not None:
+            raise UsageError("--processes and --process need --coordinator=HOST:PORT")
+        return
+    import jax
+
+    if options.coordinator == "auto":
+        jax.distributed.initialize()
+        return
+    if options.processes is None or options.process is None:
+        raise UsageError(
+            f"--coordinator={options.coordinator} needs --processes=N and --process=I, "
+            "or use --coordinator=auto"
+        )
+    if jax.config.jax_platforms == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(options.coordinator, options.processes, options.process)
+
+
+def _dry_run(run, text: str) -> None:
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    from lemur_jax import sharding
+    from lemur_jax.model.attention import resolve_implementation
+    from lemur_jax.train.estimate import estimate
+
+    console = Console()
+    console.print(text, markup=False, highlight=False)
+    free = -1 in dataclasses.astuple(run.mesh)
+    mesh = sharding.resolve_mesh(run.mesh, jax.device_count()) if free else run.mesh
+    sharding.check(
+        run.model,
+        mesh,
+        rows=run.data.batch_size // run.micro_batches,
+        sequence_length=run.data.sequence_length,
+    )
+    backend = jax.default_backend()
+    attention = resolve_implementation(run.model, backend)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
+    sizes = estimate(run, mesh)
+    table = Table("what", "value", title="dry run: nothing was allocated, compiled or written")
+    gib = 2**30
+    for name, value in {
+        "parameters": f"{sizes.parameters:,}",
+        "tokens of the run": f"{sizes.tokens:,}",
+        "model FLOPs of a step": f"{sizes.flops_per_step:.3e}",
+        "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
+        "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
+        "attention": attention,
+        "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
+        "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",
+        "gradients, GiB a device": f"{sizes.gradient_bytes / gib:.3f}",
+        "saved activations, GiB a device (traced)": f"{sizes.activation_bytes / gib:.3f}",
+        "logits of a chunk, GiB a device": f"{sizes.logits_bytes / gib:.3f}",
+        "sum, GiB a device (estimate)": f"{sizes.total_bytes / gib:.3f}",
+    }.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------
+# convert, sample
+# ---------------------------------------------------------------------------------------------
+
+
+def _convert(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.convert import hf
+    from lemur_jax.convert.recognise import recognise
+
+    kind = recognise(options.source)
+    to = options.to or {"hf": "lemur", "lemur": "hf"}[kind]
+    if to == kind:
+        raise UsageError(f"{options.source} is already {kind!r}; --to must be the other format")
+    if to == "hf":
+        hf.export_hf(
+            options.source,
+            options.target,
+            dtype=options.dtype,
+            max_shard_bytes=options.max_shard_bytes,
+        )
+    else:
+        hf.import_hf(options.source, options.target, dtype=options.dtype)
+    print(f"wrote {options.target}")
+    return 0
+
+
+def _sample(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.sample.run import run_sample
+
+    if (options.prompt is None) == (options.input is None):
+        raise UsageError("give --prompt=TEXT or --input=F.jsonl, one of them")
+    if (options.input is None) != (options.output is None):
+        raise UsageError("--input and --output go together")
+    run_sample(options)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# data
+# ---------------------------------------------------------------------------------------------
+
+
+def _data_corpus(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.data import corpus
+
+    corpus.collect(Path(options.out), seed=options.seed)
+    return 0
+
+
+def _data_tokenizer(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.data import files, tokenizer
+
+    texts = files.texts(options.files)
+    tokenizer.train(texts, Path(options.out), vocab_size=options.vocab_size, seed=options.seed)
+    return 0
+
+
+def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import settings
+    from lemur_jax.data import build
+
+    classes = [build.BuildConfig, build.SourceConfig]
+    config, _ = settings.load(build.BuildConfig, options.gin_file, bindings, classes)
+    build.build(config)
+    return 0
+
+
+def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.data import inspect
+
+    inspect.inspect(Path(options.path), options.split, options.rows, source=options.source)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
