@@ -1,0 +1,72 @@
+"""What a directory is, and how a new one comes into being: whole or not at all."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lemur_jax import checkpoint
+from lemur_jax.convert.errors import ConversionError
+
+
+def recognise(path: str | Path) -> str:
+    """ "hf" or "lemur", by what a directory contains.
+
+    Raises:
+      ConversionError: neither; lists what was looked for and what is there.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConversionError(
+            [f"{path} is not a directory: give a run, checkpoint or HF directory"]
+        )
+    if (path / checkpoint.MANIFEST).is_file() or (path / checkpoint.CHECKPOINTS).is_dir():
+        return "lemur"
+    if checkpoint.complete_steps(path):
+        return "lemur"
+    if (path / "config.json").is_file():
+        return "hf"
+    there = sorted(child.name for child in path.iterdir())
+    raise ConversionError(
+        [
+            f"{path} is neither a checkpoint of ours (looked for {checkpoint.MANIFEST}, "
+            f"{checkpoint.CHECKPOINTS}/, <step>/{checkpoint.MANIFEST}) nor a Hugging Face "
+            f"directory (looked for config.json); it holds {', '.join(there[:12]) or 'nothing'}"
+        ]
+    )
+
+
+def refuse_non_empty(directory: Path) -> None:
+    """Raises ConversionError if `directory` holds anything or is a file."""
+    if directory.is_dir() and any(directory.iterdir()):
+        names = sorted(path.name for path in directory.iterdir())
+        raise ConversionError(
+            [
+                f"{directory} is not empty (it holds {', '.join(names[:6])}): give a directory "
+                "that does not exist, or empty it"
+            ]
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ConversionError([f"{directory} is a file: give a directory that does not exist"])
+
+
+@contextlib.contextmanager
+def appearing(out_dir: Path, needed_bytes: int) -> Iterator[Path]:
+    """A directory beside `out_dir` that gets its name on success and is removed on failure."""
+    parent = out_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise ConversionError(
+            [f"{parent} has {free} bytes free, {needed_bytes} are needed: free some space there"]
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=parent))
+    try:
+        os.chmod(temporary, 0o755)  # mkdtemp makes private directories
+        yield temporary
+        temporary.rename(out_dir)  # replaces an empty directory, fails on any other
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
