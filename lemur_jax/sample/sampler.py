@@ -1,0 +1,354 @@
+"""The offline sampler: requests in, completions out, all at once or as a stream.
+
+Requests become rows (one for each sample), rows of equal length buckets become batches, and each
+batch runs prefill once and then chunks of decode steps. One chunk is always in flight while the
+tokens of the one before are turned into text. See `buckets` for what is compiled when.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from lemur_jax.config import ConfigError
+from lemur_jax.model.decoder import Decoder
+from lemur_jax.sample import buckets, loop, methods, weights
+from lemur_jax.sample.request import Completion, Piece, Request
+from lemur_jax.sample.stop import RowText, TextStream
+
+# Most tokens of a chunk: how long a batch runs on after its last row has met a stop string.
+CHUNK = 32
+# Tokens of a chunk while streaming: what a reader sees arrive together.
+STREAM_CHUNK = 4
+
+
+class Tokenizer(Protocol):
+    """What the sampler needs of lemur_jax.data.tokenizer.Tokenizer."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str, bos: bool = False) -> list[int]: ...
+
+    def stream(self, after: Sequence[int] = ()) -> TextStream: ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Row:
+    """One sample of a request on its way through a batch."""
+
+    request: Request
+    index: int
+    sample: int
+    prompt: tuple[int, ...]
+    limit: int
+    stop_ids: tuple[int, ...]
+    note: str | None
+
+
+class Sampler:
+    """Continues prompts with a model. Not thread-safe.
+
+    What is guaranteed: a row's program and inputs depend on its own request, on the weights and on
+    the batch bucket; nothing of a batch-mate enters its arithmetic. Two batch buckets are two
+    programs, whose float32 matrix products may differ in their last bits: a token differs only
+    where two candidates are that close. With a single batch size (`batches=(8,)`) every row always
+    runs in the same program, and its tokens and log-probabilities do not depend on its batch-mates
+    in any bit.
+
+    Attributes:
+      model: decoder with unstacked layers, in the dtype that it computes in.
+      tokenizer: text to ids and back.
+      compilations: how often each program was compiled: ("prefill", batch, prompt bucket),
+        ("lengthen", batch, prompt bucket, cache bucket), ("decode", batch, cache bucket) -> count.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        dtype: str | None = None,
+        batches: Sequence[int] = buckets.BATCHES,
+    ):
+        """Takes a model in memory; `Sampler.load` reads one from a path.
+
+        Args:
+          model: layers stacked or not; not changed.
+          tokenizer: its vocabulary must fit the model's.
+          dtype: to compute in; `model.config.dtype` when None.
+          batches: batch sizes that may be compiled, ascending.
+
+        Raises:
+          ConfigError: the tokenizer has ids that the model has no rows for, or batches are not
+            ascending positive integers.
+        """
+        self.batches = tuple(batches)
+        if not self.batches or list(self.batches) != sorted({max(1, b) for b in self.batches}):
+            raise ConfigError([f"batches={self.batches} must be ascending positive integers"])
+        check_vocabulary(model, tokenizer)
+        self.model, self.tokenizer = weights.for_sampling(model, dtype), tokenizer
+        self.compilations: collections.Counter[tuple] = collections.Counter()
+        # Flattening the module at every call costs more than a small model's decode step.
+        self._weights, structure = jax.tree.flatten(self.model)
+        self._prefill = jax.jit(functools.partial(self._traced_prefill, structure))
+        self._lengthen = jax.jit(self._traced_lengthen, static_argnames="slots")
+        self._decode = jax.jit(functools.partial(self._traced_decode, structure), donate_argnums=1)
+
+    @classmethod
+    def load(cls, path: str, dtype: str | None = None, **options) -> "Sampler":
+        """Reads a run directory, a checkpoint or a Hugging Face directory.
+
+        Args:
+          path: recognised by what it contains.
+          dtype: to compute in; the model's own compute dtype when None.
+          **options: of `Sampler`.
+
+        Raises:
+          ConfigError: the path holds no model, or its tokenizer does not match it.
+        """
+        from lemur_jax.sample.load import load_model  # checkpoints and converters load late
+
+        model, tokenizer = load_model(path, dtype)
+        return cls(model, tokenizer, **options)
+
+    # -----------------------------------------------------------------------------------------
+    # Programs. Their Python bodies run once for each compilation, which is what is counted.
+    # -----------------------------------------------------------------------------------------
+
+    def _traced_prefill(self, structure, leaves, tokens_BP, lengths_B, rows, want_logprobs):
+        self.compilations[("prefill", *tokens_BP.shape)] += 1
+        model = jax.tree.unflatten(structure, leaves)
+        return loop.prefill(model, tokens_BP, lengths_B, rows, want_logprobs)
+
+    def _traced_lengthen(self, state, slots):
+        self.compilations[("lengthen", *state.cache.positions.shape, slots)] += 1
+        return loop.lengthen(state, slots)
+
+    def _traced_decode(self, structure, leaves, state, rows, stopped_B, steps, want_logprobs):
+        self.compilations[("decode", *state.cache.positions.shape)] += 1
+        model = jax.tree.unflatten(structure, leaves)
+        return loop.decode(model, state, rows, stopped_B, steps, want_logprobs, CHUNK)
+
+    # -----------------------------------------------------------------------------------------
+    # Requests
+    # -----------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """All samples of all requests, in the order of the requests.
+
+        Raises:
+          ConfigError: a prompt that is longer than the context or holds unknown ids; every such
+            request is named, and nothing is sampled.
+        """
+        rows = self._rows(requests)
+        found = [
+            piece.completion
+            for lengths, group in buckets.groups(rows, self.batches[-1])
+            for _, piece in self._run(lengths, group, CHUNK)
+            if piece.completion is not None
+        ]
+        return sorted(found, key=lambda c: (c.request, c.sample))
+
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """The text of a request as it is made; samples of n > 1 arrive interleaved."""
+        for lengths, group in buckets.groups(self._rows([request]), self.batches[-1]):
+            for _, piece in self._run(lengths, group, STREAM_CHUNK):
+                yield piece
+
+    def lengths(self, request: Request) -> buckets.Lengths:
+        """The length buckets of a request's rows: what decides which requests share a batch.
+
+        Raises:
+          ConfigError: as in `generate`.
+        """
+        return self._rows([request])[0][0]
+
+    def _rows(self, requests: Sequence[Request]) -> list[tuple[buckets.Lengths, _Row]]:
+        rows, problems = [], []
+        for index, request in enumerate(requests):
+            prompt = self._prompt(request)
+            where = "" if len(requests) == 1 else f"request {index}: "
+            wrong = [f"{where}{problem}" for problem in self._problems(request, prompt)]
+            problems += wrong
+            if wrong:
+                continue
+            context = self.model.config.max_positions
+            limit, note = min(request.max_new_tokens, context - len(prompt)), None
+            if limit < request.max_new_tokens:
+                note = (
+                    f"max_new_tokens={request.max_new_tokens} was cut to {limit}: the prompt has "
+                    f"{len(prompt)} tokens and the model's context (max_positions) is {context}"
+                )
+            eos = [] if request.ignore_eos else [self.tokenizer.eos_id]
+            stop_ids = tuple(i for i in (*eos, *request.stop_ids) if i is not None)
+            lengths = buckets.lengths_of(len(prompt), limit, context)
+            rows += [
+                (lengths, _Row(request, index, sample, prompt, limit, stop_ids, note))
+                for sample in range(request.n)
+            ]
+        if problems:
+            raise ConfigError(problems)
+        return rows
+
+    def _prompt(self, request: Request) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            return tuple(self.tokenizer.encode(request.prompt, bos=True))
+        return request.prompt or tuple(self.tokenizer.encode("", bos=True))
+
+    def _problems(self, request: Request, prompt: tuple[int, ...]) -> list[str]:
+        problems = []
+        vocab, context = self.model.config.vocab_size, self.model.config.max_positions
+        for field, ids in (("prompt", prompt), ("stop_ids", request.stop_ids)):
+            unknown = [index for index in ids if not 0 <= index < vocab]
+            if unknown:
+                problems.append(
+                    f"{field} holds token id {unknown[0]}, but the model's vocab_size is {vocab}: "
+                    "give ids made by the model's own tokenizer"
+                )
+        if len(prompt) >= context:
+            problems.append(
+                f"prompt has {len(prompt)} tokens, but the model's context (max_positions) is "
+                f"{context} and must hold at least one new token: shorten the prompt by "
+                f"{len(prompt) - context + 1} tokens or more, or use a model with a longer context"
+            )
+        return problems
+
+    # -----------------------------------------------------------------------------------------
+    # One batch
+    # -----------------------------------------------------------------------------------------
+
+    def _run(
+        self, lengths: buckets.Lengths, group: list[_Row], chunk: int
+    ) -> Iterator[tuple[_Row, Piece]]:
+        """Runs a batch to its end; yields text of any row as soon as it is certain."""
+        batch = buckets.batch_bucket(len(group), self.batches)
+        tokens_BP, lengths_B = _prompts(group, batch, lengths.prompt)
+        rows = _constants(group, batch)
+        want_logprobs = np.bool_(any(row.request.logprobs for row in group))
+        state, drawn = self._prefill(self._weights, tokens_BP, lengths_B, rows, want_logprobs)
+        if lengths.cache > lengths.prompt:
+            state = self._lengthen(state, slots=lengths.cache)
+        progress = [_Progress(row, self.tokenizer.stream(after=row.prompt)) for row in group]
+        left = max(row.limit for row in group) - 1
+        while True:
+            # The next chunk is dispatched before this one's tokens are waited for.
+            following, steps = None, min(chunk, left)
+            if steps > 0:
+                stopped_B = np.ones(batch, np.bool_)
+                stopped_B[: len(group)] = [p.finished for p in progress]
+                state, following = self._decode(
+                    self._weights, state, rows, stopped_B, np.int32(steps), want_logprobs
+                )
+                left -= steps
+            tokens_BC, logprobs_BC, count_B, done_B = jax.device_get(drawn)
+            for p, tokens, logprobs, count, done in zip(
+                progress, tokens_BC, logprobs_BC, count_B, done_B
+            ):
+                for piece in p.take(tokens[:count], logprobs[:count], bool(done)):
+                    yield p.row, piece
+            if following is None or all(p.finished for p in progress):
+                return
+            drawn = following
+
+
+class _Progress:
+    """Text of a row so far."""
+
+    def __init__(self, row: _Row, stream: TextStream):
+        self.row = row
+        self.finished = False
+        self._text = RowText(stream, row.request.stop)
+        self._logprobs: list[float] = []
+
+    def take(self, tokens: np.ndarray, logprobs: np.ndarray, done: bool) -> Iterator[Piece]:
+        """Takes the row's next tokens; yields at most one piece of text, and the last piece."""
+        if self.finished:  # a chunk that was in flight when a stop string was found
+            return
+        shown, stopped_by = "", None
+        for token, logprob in zip(tokens.tolist(), logprobs.tolist()):
+            if token in self.row.stop_ids:
+                stopped_by = token
+                break
+            shown += self._text.push(token)
+            self._logprobs.append(logprob)
+            if self._text.stopped_by is not None:
+                break
+        self.finished = done or self._text.stopped_by is not None
+        if not self.finished:
+            if shown:
+                yield Piece(sample=self.row.sample, text=shown)
+            return
+        shown += self._text.finish()
+        if self._text.stopped_by is not None:
+            stopped_by = self._text.stopped_by
+        completion = Completion(
+            request=self.row.index,
+            sample=self.row.sample,
+            text=self._text.text,
+            ids=tuple(self._text.ids),
+            finish_reason="length" if stopped_by is None else "stop",
+            stopped_by=stopped_by,
+            prompt_tokens=len(self.row.prompt),
+            logprobs=tuple(self._logprobs) if self.row.request.logprobs else None,
+            note=self.row.note,
+        )
+        yield Piece(sample=self.row.sample, text=shown, completion=completion)
+
+
+def _prompts(group: list[_Row], batch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded prompts [B,P] and their lengths [B]; rows that fill up the batch have one 0."""
+    tokens_BP = np.zeros((batch, bucket), np.int32)
+    lengths_B = np.ones(batch, np.int32)
+    for r, row in enumerate(group):
+        tokens_BP[r, : len(row.prompt)] = row.prompt
+        lengths_B[r] = len(row.prompt)
+    return tokens_BP, lengths_B
+
+
+def _constants(group: list[_Row], batch: int) -> loop.Rows:
+    """The rows as arrays, filled up to the batch with rows that are done from the start."""
+    filler = batch - len(group)
+
+    def column(values, fill, dtype):
+        return np.asarray([*values, *[fill] * filler], dtype)
+
+    # Powers of two from 8 on: the number of stop ids is part of the compiled shape.
+    width = 8
+    while width < max(len(row.stop_ids) for row in group):
+        width *= 2
+    stop_ids = np.full((batch, width), -1, np.int32)
+    for r, row in enumerate(group):
+        stop_ids[r, : len(row.stop_ids)] = row.stop_ids
+    chains = [methods.standard(**_numbers(row.request)) for row in group]
+    chains += [methods.standard(temperature=0.0)] * filler
+    return loop.Rows(
+        seed=column([row.request.seed for row in group], 0, np.uint32),
+        sample=column([row.sample for row in group], 0, np.uint32),
+        limit=column([row.limit for row in group], 0, np.int32),
+        stop_ids=stop_ids,
+        chain=methods.stack(chains),
+    )
+
+
+def _numbers(request: Request) -> dict[str, float]:
+    settings = request.method_settings()
+    return {name: v if name == "top_k" else float(v) for name, v in settings.items()}
+
+
+def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError when the tokenizer makes ids that the model has no rows for."""
+    have, need = model.config.vocab_size, tokenizer.vocab_size
+    if need > have:
+        raise ConfigError(
+            [
+                f"tokenizer.vocab_size={need} is larger than the model's vocab_size={have}: ids "
+                f"{have} to {need - 1} have no embedding; use the tokenizer that the model was "
+                "trained with, or add the tokens to the model (lemur convert --add_tokens)"
+            ]
+        )
