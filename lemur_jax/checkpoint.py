@@ -197,7 +197,7 @@ def describe(step_dir: epath.PathLike) -> Manifest:
             f"{path} does not exist: {step_dir} is not a complete checkpoint. "
             "Give a step directory, or find one with `resolve`"
         ) from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is damaged ({type(error).__name__}: {error}): use another checkpoint"
         ) from error
@@ -637,8 +637,8 @@ class CheckpointWriter:
         )
         _write_atomically(step_dir / MANIFEST, _manifest_bytes(manifest))
 
-    # Removing and setting aside, in process 0 only. A manifest goes first and comes last, so a
-    # crash at any point leaves directories that are either whole or not taken for checkpoints.
+    # Removing and setting aside, in process 0 only. A crash at any point leaves directories that
+    # are either whole or not taken for checkpoints.
 
     def _aside(self, step: int) -> epath.Path:
         return self.directory / f"{step}.superseded"
@@ -667,14 +667,18 @@ class CheckpointWriter:
             self._aside(step).rename(step_dir)
 
     def _remove_half_written(self, step: int) -> None:
+        """What a failed or killed save left: temporary directories, and `step` if not whole."""
         for path in _children(self.directory):
-            temporary = path.name.startswith(f"{step}.orbax-checkpoint-tmp")
+            temporary = re.fullmatch(r"\d+\.(removed|orbax-checkpoint-tmp.*)", path.name)
             if temporary or (path.name == str(step) and not (path / MANIFEST).exists()):
                 self._remove(path)
 
     def _remove(self, path: epath.Path) -> None:
+        """Deletes a directory; a crash leaves nothing that looks whole, nor that nobody deletes."""
         try:
-            (path / MANIFEST).unlink(missing_ok=True)
+            if _step_of(path) is not None and "://" not in str(path):
+                path = path.rename(path.with_name(f"{path.name}.removed"))
+            (path / MANIFEST).unlink(missing_ok=True)  # object stores cannot rename: this first
             path.rmtree()
         except OSError as error:
             self._report(f"cannot remove {path}: {error}. Remove it by hand")
@@ -692,10 +696,6 @@ class CheckpointWriter:
                 self._remove(self.directory / str(old))
         if self._aside(step).exists():
             self._remove(self._aside(step))
-        for path in _children(self.directory):
-            # Left by a killed process; Orbax itself never looks at them again.
-            if re.fullmatch(r"\d+\.orbax-checkpoint-tmp.*", path.name):
-                self._remove(path)
 
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         steps = complete_steps(self.directory)
@@ -773,6 +773,44 @@ def _check_targets(
         )
 
 
+def _open(item_dir: epath.Path, name: str) -> Any:
+    """A future of the array's TensorStore: reads the item's index, no data."""
+    spec = {
+        "driver": "zarr",
+        "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
+        "kvstore": {"driver": "ocdbt", "base": _url(item_dir), "path": f"{name}/"},
+    }
+    return tensorstore.open(spec, open=True, read=True)
+
+
+def _url(path: epath.Path) -> str:
+    return f"{path}/" if "://" in str(path) else f"file://{os.path.abspath(path)}/"
+
+
+def _check_index(item_dir: epath.Path, entries: Mapping[str, ArrayEntry]) -> None:
+    """Opens every array first, so that a damaged index is one error that names all it touches.
+
+    (Found by Orbax, the first of many reads in flight fails, and the others complain to stderr.)
+    """
+    bad: dict[str, Exception] = {}
+    for name, future in {name: _open(item_dir, name) for name in entries}.items():
+        try:
+            store = future.result()
+        except ValueError as error:
+            bad[name] = error
+            continue
+        found, said = (store.dtype.name, store.shape), (entries[name].dtype, entries[name].shape)
+        if found != said:
+            bad[name] = ValueError(f"{name} is stored as {found}, the manifest says {said}")
+    if bad:
+        raise CheckpointError(_unreadable(item_dir, list(bad), next(iter(bad.values()))))
+
+
+def _brief(error: BaseException) -> str:
+    """TensorStore's message without the specification it appends, which is longer than a page."""
+    return re.sub(r" \[(tensorstore_spec|source locations).*", "", str(error), flags=re.DOTALL)
+
+
 def _read_item(
     item_dir: epath.Path,
     entries: Mapping[str, ArrayEntry],
@@ -791,6 +829,7 @@ def _read_item(
             )
             for name, entry in entries.items()
         }
+    _check_index(item_dir, entries)
     arguments = ocp.args.PyTreeRestore(
         item=dict.fromkeys(entries, 0), restore_args=how, partial_restore=True
     )
@@ -839,8 +878,11 @@ def restore(
             try:
                 read = _read_item(step_dir / item, wanted, targets)
                 arrays |= jax.block_until_ready(read)
+            except CheckpointError as error:
+                problem = str(error)
             except Exception as error:
-                problem = _unreadable(step_dir / item, wanted, error)
+                named = [name for name in wanted if f'"{name}/' in str(error)]
+                problem = _unreadable(step_dir / item, named or list(wanted), error)
         agreement.reach(problem)  # before the digests, which need every process
         if verify:
             _verify(step_dir, entries, arrays)
@@ -868,14 +910,11 @@ def _damaged(step_dir: epath.Path, items: Mapping[str, str]) -> CheckpointError:
     )
 
 
-def _unreadable(item_dir: epath.Path, entries: Mapping[str, ArrayEntry], error: Exception) -> str:
-    """Names the arrays that the storage layer complains of, else says that it could be any."""
-    text = re.sub(r" \[(tensorstore_spec|source locations).*", "", str(error), flags=re.DOTALL)
-    named = [name for name in entries if f'"{name}/' in text]
-    what = f"array {named[0]}" if named else f"one of {_some(entries)}"
+def _unreadable(item_dir: epath.Path, names: Sequence[str], error: Exception) -> str:
     return (
-        f"unreadable checkpoint: {what} in {item_dir}. Cause: {type(error).__name__}: {text}. "
-        "Use another checkpoint, or copy this one again from its source"
+        f"unreadable checkpoint: {_some(names)} in {item_dir}. "
+        f"Cause: {type(error).__name__}: {_brief(error)}. "
+        "Use another checkpoint, or copy this one again from where it came"
     )
 
 
@@ -942,21 +981,6 @@ def restore_latest(
 # ---------------------------------------------------------------------------------------------
 
 
-def _open(step_dir: epath.Path, name: str) -> tuple[ArrayEntry, tensorstore.TensorStore]:
-    entry = _select_one(step_dir, name)
-    base = str(step_dir / entry.item)
-    spec = {
-        "driver": "zarr",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": base if "://" in base else f"file://{os.path.abspath(base)}/",
-            "path": f"{name}/",
-        },
-    }
-    store = tensorstore.open(spec, open=True, read=True).result()
-    return entry, store
-
-
 def _select_one(step_dir: epath.Path, name: str) -> ArrayEntry:
     arrays = describe(step_dir).arrays
     if name not in arrays:
@@ -991,12 +1015,12 @@ def read_slices(step_dir: epath.PathLike, name: str) -> Iterator[np.ndarray]:
     entry = _select_one(step_dir, name)
     total = digest.StreamingDigest()
     try:
-        _, store = _open(step_dir, name)
+        store = _open(step_dir / entry.item, name).result()
         for index in range(entry.shape[0]):
             block = np.asarray(store[index].read().result())
             total.add(block[None], (index,) + (0,) * block.ndim)
             yield block
     except ValueError as error:
-        raise CheckpointError(_unreadable(step_dir / entry.item, {name: entry}, error)) from error
+        raise CheckpointError(_unreadable(step_dir / entry.item, [name], error)) from error
     if total.hexdigest() != entry.digest:
         raise _damaged(step_dir, {name: entry.item})
