@@ -155,7 +155,7 @@ class BuildConfig:
 
 
 def corpus_sources(corpus: str | Path) -> tuple[SourceConfig, ...]:
-    """The two sources of a `corpus.collect` directory, 10:1 in tokens like Lemur (arXiv:2310.06830)."""
+    """Sources of a `corpus.collect` directory, 10:1 in tokens as in Lemur (arXiv:2310.06830)."""
     return tuple(
         SourceConfig(
             name=name,

@@ -230,7 +230,9 @@ def collect(
         )
     for reason, paths in keep.skipped.items():
         console.print(f"corpus skipped, {reason}: {len(paths)} files", soft_wrap=True)
-    console.print(f"corpus written to {out_dir} in {time.monotonic() - started:.1f} s", soft_wrap=True)
+    console.print(
+        f"corpus written to {out_dir} in {time.monotonic() - started:.1f} s", soft_wrap=True
+    )
     return manifest
 
 

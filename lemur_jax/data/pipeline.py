@@ -225,7 +225,7 @@ class Pipeline:
         }
 
     def check_position(self, saved: Mapping[str, int | str]) -> int:
-        """The step to go on with. Raises ConfigError when `saved` comes from other data or order."""
+        """The step to go on with. Raises ConfigError if `saved` comes from other data or order."""
         if "step" not in saved:
             raise ConfigError([f"data position {dict(saved)} has no step: it is not a position"])
         fixes = {

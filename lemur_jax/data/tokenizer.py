@@ -174,7 +174,9 @@ class TextStream:
     def push(self, index: int) -> str:
         """The text that this id completes; "" while a character is unfinished."""
         if not 0 <= index < len(self._table):
-            raise ValueError(f"token id {index} is outside of the vocabulary [0, {len(self._table)})")
+            raise ValueError(
+                f"token id {index} is outside of the vocabulary [0, {len(self._table)})"
+            )
         data = self._table[index]
         if data and self._at_start:
             self._at_start = False

@@ -73,8 +73,8 @@ def train(
     except RuntimeError as error:
         raise ConfigError(
             [
-                f"vocab_size={vocab_size} cannot be trained on {len(lines)} lines: lower it or give "
-                f"more text (SentencePiece says: {str(error).splitlines()[-1].strip()})"
+                f"vocab_size={vocab_size} cannot be trained on {len(lines)} lines: lower it or "
+                f"give more text (SentencePiece says: {str(error).splitlines()[-1].strip()})"
             ]
         ) from error
     with new_directory(directory) as temporary:
