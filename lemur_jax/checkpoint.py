@@ -607,13 +607,14 @@ class CheckpointWriter:
             job.orbax.wait_until_finished()
             with jax.transfer_guard("allow"):
                 found = digest.collect(job.digests)
+            job.agreement.reach()  # only what is well everywhere gets a manifest
             if jax.process_index() == 0:
                 entries = {
                     name: dataclasses.replace(entry, digest=found[name])
                     for name, entry in job.entries.items()
                 }
                 self._write_manifest(job, entries)
-            job.agreement.reach()
+            job.agreement.reach()  # so that in no process `wait` returns before it is there
             job.orbax.close()
         except BaseException as error:
             self._abandon(job.step, job.orbax, job.agreement, error)
