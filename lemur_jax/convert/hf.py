@@ -25,10 +25,10 @@ from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert import safetensors, tables
 from lemur_jax.convert.cast import cast, check_dtype
+from lemur_jax.convert.destination import appearing, refuse_non_empty
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_source import open_hf
-from lemur_jax.convert.paths import appearing, refuse_non_empty
 from lemur_jax.convert.progress import progress
 from lemur_jax.convert.rules import Rule
 from lemur_jax.model import param
@@ -53,6 +53,11 @@ GENERATION_CONFIG = "generation_config.json"
 _CARRIED_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SHARD_BYTES = 5_000_000_000  # transformers' habit
 _TOKEN_IDS = ("bos", "eos", "pad")
+
+
+def absolute(path: str | Path) -> str:
+    """A path as Orbax wants it: absolute, or with a scheme such as gs://."""
+    return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -141,8 +146,7 @@ def export_hf(
         raise ConversionError([f"max_shard_bytes={max_shard_bytes} must be positive"])
     out_dir = Path(out_dir)
     refuse_non_empty(out_dir)
-    # Orbax reads from absolute paths only.
-    step_dir = checkpoint.resolve(path if "://" in str(path) else os.path.abspath(path))
+    step_dir = checkpoint.resolve(absolute(path))
     manifest = checkpoint.describe(step_dir)
     if "model" not in manifest.about:
         raise ConversionError([f"{step_dir} does not say which model it holds (about['model'])"])

@@ -92,7 +92,7 @@ _CARRIED = frozenset(
 _ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second: the first converted Llamas
 
 # Fields of ModelConfig that say how to compute, not what: no part of an HF config.
-_HOW = ("dtype", "param_dtype", "remat", "attention", "vocab_multiple")
+COMPUTATION = ("dtype", "param_dtype", "remat", "attention", "vocab_multiple")
 
 
 def config_from_hf(source: dict[str, Any]) -> ModelConfig:
@@ -186,7 +186,7 @@ def config_to_hf(
 
 def same_model(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether two configs describe the same mathematics, however it is computed."""
-    plain = {name: getattr(a, name) for name in _HOW}
+    plain = {name: getattr(a, name) for name in COMPUTATION}
     return a == dataclasses.replace(b, **plain)
 
 

@@ -1,0 +1,120 @@
+"""Parameters from any checkpoint that we can read, as a model on a mesh."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from lemur_jax import checkpoint
+from lemur_jax.config import ModelConfig, model_config
+from lemur_jax.convert.cast import cast
+from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.hf import PREFIX, absolute
+from lemur_jax.convert.hf_config import COMPUTATION
+from lemur_jax.convert.hf_source import open_hf
+from lemur_jax.convert.recognise import recognise
+from lemur_jax.model import param
+from lemur_jax.model.decoder import Decoder, abstract
+from lemur_jax.sharding import padded_vocab
+
+# What may differ between the config asked for and the stored one: how to compute and to initialise.
+_FREE = (*COMPUTATION, "initializer_range")
+
+
+def load_model(
+    path: str | Path, *, mesh: Mesh | None = None, config: ModelConfig | None = None
+) -> tuple[Decoder, Path]:
+    """Reads a run, a checkpoint or a Hugging Face directory, one leaf at a time.
+
+    Args:
+      path: recognised by what it contains.
+      mesh: where the weights go; None puts them on the first device.
+      config: the model asked for: its `dtype`, `param_dtype`, `remat`, `attention` and
+        `vocab_multiple` are honoured, everything else must agree with what is stored. None takes
+        the stored config, and with it the stored dtype of the weights.
+
+    Returns:
+      The model, and the directory that the weights came from (a step directory of ours, or the HF
+      directory).
+
+    Raises:
+      ConversionError: `path` is neither, cannot be read, or is of another model than asked for.
+      CheckpointError: a checkpoint of ours is incomplete or damaged.
+    """
+    if recognise(path) == "hf":
+        return _from_hf(Path(path), mesh, config)
+    return _from_checkpoint(Path(checkpoint.resolve(absolute(path))), mesh, config)
+
+
+def _from_hf(path: Path, mesh: Mesh | None, config: ModelConfig | None) -> tuple[Decoder, Path]:
+    hf = open_hf(path)
+    if config is not None:
+        _check_same(path, hf.config, config)
+        hf = dataclasses.replace(hf, config=config)  # pads the vocabulary as asked
+    targets = _targets(hf.config, mesh)
+    flat = {}
+    for name, target in targets.items():
+        leaf = cast(hf.read(name), target.dtype, name)
+        # Each process and device takes its own part.
+        flat[name] = jax.make_array_from_callback(
+            target.shape, target.sharding, lambda index, leaf=leaf: leaf[index]
+        )
+        del leaf
+    return param.unflatten(abstract(hf.config), flat), path
+
+
+def _from_checkpoint(
+    step_dir: Path, mesh: Mesh | None, config: ModelConfig | None
+) -> tuple[Decoder, Path]:
+    manifest = checkpoint.describe(step_dir)
+    stored = model_config(manifest.about["model"])
+    config = stored if config is None else config
+    _check_same(step_dir, stored, config)
+    if padded_vocab(stored) != padded_vocab(config):
+        raise ConversionError(
+            [
+                f"{step_dir} holds {padded_vocab(stored)} vocabulary rows, "
+                f"ModelConfig.vocab_multiple={config.vocab_multiple} asks for "
+                f"{padded_vocab(config)}: set it to {stored.vocab_multiple}"
+            ]
+        )
+    targets = _targets(config, mesh)
+    flat = {}
+    for name, target in targets.items():
+        entry = manifest.arrays.get(PREFIX + name)
+        if entry is None:
+            raise ConversionError([f"{step_dir} lacks {PREFIX}{name}: copy it again"])
+        # A restore changes no dtype, so that digests can be compared; cast after it.
+        as_stored = jax.ShapeDtypeStruct(
+            target.shape, np.dtype(entry.dtype), sharding=target.sharding
+        )
+        stored_name = PREFIX + name
+        restored = checkpoint.restore(
+            step_dir, (entry.item,), {stored_name: as_stored}, names=[stored_name]
+        )
+        flat[name] = restored[stored_name].astype(target.dtype)
+    return param.unflatten(abstract(config), flat), step_dir
+
+
+def _targets(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+    model = abstract(config)
+    if mesh is not None:
+        return param.flatten(param.abstract_with_shardings(model, mesh))
+    first = SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=first)
+        for name, leaf in param.flatten(model).items()
+    }
+
+
+def _check_same(path: Path, stored: ModelConfig, asked: ModelConfig) -> None:
+    different = [
+        f"ModelConfig.{field.name}={getattr(asked, field.name)!r}, but {path} has "
+        f"{getattr(stored, field.name)!r}: the model must be the same"
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in _FREE and getattr(asked, field.name) != getattr(stored, field.name)
+    ]
+    if different:
+        raise ConversionError(different)

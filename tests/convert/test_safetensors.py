@@ -1,0 +1,150 @@
+"""The safetensors reader and writer, against the reference package and against damage."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_hf
+
+from lemur_jax.convert import safetensors
+from lemur_jax.convert.errors import ConversionError
+
+ARRAYS = {
+    "matrix": np.arange(12, dtype=np.float32).reshape(3, 4) / 7,
+    "half": np.array([1.5, -0.0, np.inf, 65504], np.float16),
+    "brain": np.array([[1.5, -3e38], [np.nan, 0]], ml_dtypes.bfloat16),
+    "scalar": np.array(3.25, np.float64),
+    "nothing": np.zeros((0, 5), np.float32),
+    "whole": np.array([-1, 2**62], np.int64),
+    "truth": np.array([True, False, True]),
+}
+
+
+def planned(arrays):
+    return [safetensors.Planned(n, a.shape, a.dtype) for n, a in arrays.items()]
+
+
+def test_reads_what_the_package_writes(tmp_path):
+    """Red when `read` seeks to `tensor.start + 1` or maps BF16 to float16."""
+    package = pytest.importorskip("safetensors.numpy", reason="the reference writer (extra: test)")
+    path = tmp_path / "a.safetensors"
+    package.save_file(ARRAYS, path)
+    header = safetensors.read_header(path)
+    assert set(header) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        found = safetensors.read(path, header[name])
+        assert found.dtype == array.dtype and found.shape == array.shape
+        assert found.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 40, 10**9])
+def test_the_package_reads_what_we_write(tmp_path, max_shard_bytes):
+    """Red when `_start_file` forgets the 8 length bytes or a shard is cut one tensor too late."""
+    package = pytest.importorskip("safetensors.numpy", reason="the reference reader (extra: test)")
+    with safetensors.ShardedWriter(tmp_path, planned(ARRAYS), max_shard_bytes) as writer:
+        for name in reversed(ARRAYS):  # any order
+            writer.write(name, ARRAYS[name])
+    found = {}
+    for path in tmp_path.glob("*.safetensors"):
+        part = package.load_file(path)
+        assert sum(a.nbytes for a in part.values()) <= max_shard_bytes or len(part) == 1
+        found |= part
+    assert {n: a.tobytes() for n, a in found.items()} == {n: a.tobytes() for n, a in ARRAYS.items()}
+    assert {n: a.dtype for n, a in found.items()} == {n: a.dtype for n, a in ARRAYS.items()}
+    index = tmp_path / "model.safetensors.index.json"
+    if max_shard_bytes == 10**9:
+        assert not index.exists() and (tmp_path / "model.safetensors").exists()
+    else:
+        content = json.loads(index.read_text())
+        assert set(content["weight_map"]) == set(ARRAYS)
+        assert content["metadata"]["total_size"] == sum(a.nbytes for a in ARRAYS.values())
+        for name, file in content["weight_map"].items():
+            assert name in safetensors.read_header(tmp_path / file)
+
+
+def test_writer_says_format_pt(tmp_path):
+    """Red when the metadata is left out: old transformers refuse such a file."""
+    with safetensors.ShardedWriter(tmp_path, planned({"a": np.zeros(2)}), 100) as writer:
+        writer.write("a", np.zeros(2))
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+def test_writer_refuses_what_was_not_planned(tmp_path):
+    """Red when `write` drops its checks or `__exit__` does not look for missing tensors."""
+    arrays = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(2, np.float32)}
+    with (
+        pytest.raises(ValueError, match=r"never written: b"),
+        safetensors.ShardedWriter(tmp_path, planned(arrays), 100) as writer,
+    ):
+        with pytest.raises(ValueError, match="'c' was not planned"):
+            writer.write("c", arrays["a"])
+        with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+            writer.write("a", arrays["a"].T)
+        with pytest.raises(ValueError, match=r"float32.*float64"):
+            writer.write("b", np.zeros(2))
+        writer.write("a", arrays["a"])
+        with pytest.raises(ValueError, match="'a' was not planned or has been written"):
+            writer.write("a", arrays["a"])
+
+
+def entry(start, stop, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "words"),
+    [
+        ({"a": entry(0, 8)}, b"1234", ["truncated", "expected", "found"]),
+        ({"a": entry(0, 8)}, b"12345678x", ["1 too many"]),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12, ["'b'", "overlaps", "'a'"]),
+        ({"a": entry(0, 8), "b": entry(12, 20)}, b"x" * 20, ["'b'", "hole after", "'a'"]),
+        ({"a": entry(0, 12)}, b"x" * 12, ["'a'", "8 bytes", "span 12"]),
+        ({"a": entry(0, 8, dtype="F33")}, b"x" * 8, ["'a'", "'F33'", "known: F64, F32"]),
+        ({"a": {"dtype": "F32", "shape": [2]}}, b"x" * 8, ["'a'", "malformed"]),
+        ({"a": entry(0, 8, shape=(-2,))}, b"x" * 8, ["'a'", "malformed", "-2"]),
+        ({"a": entry(-8, 0)}, b"x" * 8, ["'a'", "malformed"]),
+        (b'{"a": [1, ', b"", ["header is not valid JSON"]),
+        (b"[1, 2]", b"", ["header is a list"]),
+        (b'{"a":{"x":1},"a":{"x":2}}', b"", ["'a' appears twice"]),
+        (b"\xff\xfe{}", b"", ["not valid JSON"]),
+    ],
+)
+def test_damage_is_named(tmp_path, header, data, words):
+    """Red when the check that each case is named after is deleted."""
+    path = tmp_path / "bad.safetensors"
+    tiny_hf.write_raw(path, header, data)
+    with pytest.raises(ConversionError) as caught:
+        safetensors.read_header(path)
+    for word in (*words, str(path)):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 5, 8, 20])
+def test_truncated_in_the_header(tmp_path, size):
+    """Red when the header length is not compared with the file size."""
+    path = tmp_path / "bad.safetensors"
+    tiny_hf.write_file(path, {"a": np.zeros(3, np.float32)})
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ConversionError, match=rf"truncated.*the file has {size}"):
+        safetensors.read_header(path)
+
+
+def test_an_absurd_header_length_is_not_allocated(tmp_path):
+    """Red when the length is read without looking at the file size first."""
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ConversionError, match=str(2**62 + 8)):
+        safetensors.read_header(path)
+
+
+def test_a_file_that_shrinks_after_its_header_was_read(tmp_path):
+    """Red when `read` trusts the header and returns uninitialised memory."""
+    path = tmp_path / "bad.safetensors"
+    tiny_hf.write_file(path, {"a": np.zeros(100, np.float32)})
+    tensor = safetensors.read_header(path)["a"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ConversionError, match="truncated: a needs bytes"):
+        safetensors.read(path, tensor)
