@@ -121,7 +121,7 @@ def _record(
             [f"{where} has no string {text_key!r} (found {keys}): set SourceConfig.text_key"]
         )
     text = record[text_key]
-    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+    if "\0" in text or not _is_unicode(text):
         raise ConfigError(
             [f"{where}: {text_key!r} holds a NUL or a lone surrogate: not text; drop that record"]
         )
@@ -136,6 +136,15 @@ def _record(
                 ]
             )
     return Document(text, str(record.get("path", f"{os.path.basename(name)}:{number}")), split)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogate, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sha256(data: bytes | str) -> str:

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from lemur_jax.config import ConfigError, DataConfig
 from lemur_jax.data.build import FORMAT_VERSION
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lemur_jax.data.order import Order, Place
 
 
 class Batch(NamedTuple):
@@ -137,7 +140,7 @@ class Pipeline:
         return store
 
     @property
-    def _order(self):
+    def _order(self) -> "Order":
         if self._lazy_order is None:
             from lemur_jax.data.order import Order  # only training needs the order, and grain
 
@@ -167,8 +170,7 @@ class Pipeline:
                 f"step={step}, rows [{start}, {stop}): must be step >= 0 and rows within "
                 f"[0, batch_size={self.config.batch_size}]"
             )
-        first = step * self.config.batch_size
-        places = [self._order[first + row] for row in range(start, stop)]
+        places = self.places(step)[start:stop]
         columns = self.config.sequence_length + 1
         tokens = np.zeros((len(places), columns), np.int32)
         segments = np.zeros((len(places), columns), np.int32)
@@ -178,6 +180,11 @@ class Pipeline:
                 wanted = [places[i].row for i in here]
                 tokens[here], segments[here] = self._stores[source, "train"].read(wanted)
         return make_batch(tokens, segments)
+
+    def places(self, step: int) -> list["Place"]:
+        """(source, row, epoch) of every row of the global batch of `step`."""
+        first = step * self.config.batch_size
+        return [self._order[first + row] for row in range(self.config.batch_size)]
 
     def prefetch(
         self, start_step: int, start: int = 0, stop: int | None = None, depth: int = 2
@@ -204,8 +211,7 @@ class Pipeline:
     def provenance(self, step: int) -> list[tuple[str, int, list[str]]]:
         """(source, row, paths of the documents in it) of every row of the global batch."""
         found = []
-        for position in range(step * self.config.batch_size, (step + 1) * self.config.batch_size):
-            place = self._order[position]
+        for place in self.places(step):
             store = self._stores[place.source, "train"]
             paths = [store.path(number) for number in store.documents_of(place.row)]
             found.append((place.source, place.row, paths))

@@ -193,8 +193,8 @@ class RowStore:
 
     def path(self, document: int) -> str:
         """The path that document number `document` was built from."""
-        start = int(self._path_ends[document - 1].read().result()) if document else 0
-        end = int(self._path_ends[document].read().result())
+        ends = np.asarray(self._path_ends[max(document - 1, 0) : document + 1].read().result())
+        start, end = (int(ends[0]) if document else 0), int(ends[-1])
         return bytes(np.asarray(self._path_bytes[start:end].read().result())).decode("utf-8")
 
     def digest(self) -> str:
