@@ -322,6 +322,13 @@ class _Agreement:
             with contextlib.suppress(CheckpointError):  # that is the point
                 self.reach(f"{type(error).__name__}: {error}")
 
+    def forget(self) -> None:
+        """Frees the coordination service's memory, once every process is past the last stage."""
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            from jax._src import distributed
+
+            distributed.global_state.client.key_value_delete(self._prefix)
+
     def _collect(self, client, stage: str) -> str:
         """All votes; "" if each is "ok", else one line on every process that failed."""
         deadline = time.monotonic() + self._timeout_seconds
@@ -427,7 +434,8 @@ class CheckpointWriter:
 
     Under jax.distributed every process creates one and makes the same calls; each writes only
     its own shards, and process 0 the rest. Only one writer may use a directory at a time.
-    Also a context manager: leaving it waits for the last save.
+    Also a context manager: leaving it waits for the last save. A program that ends without `wait`,
+    `close` or that loses the save under way: Python then refuses Orbax the threads it needs.
     """
 
     def __init__(
@@ -446,7 +454,8 @@ class CheckpointWriter:
           keep_latest: how many of the newest complete checkpoints survive.
           keep_every_steps: checkpoints at multiples of this survive forever; None: no such.
           timeout_seconds: for any one wait of a save on the disk or on other processes.
-          report: takes a line about what is odd but stops nothing (a file that resists deletion).
+          report: takes a line as soon as a save has failed in the background (the error is also
+            raised later), and about what is odd but stops nothing (a file that resists deletion).
 
         Raises:
           CheckpointError: a setting is wrong, or the processes do not share the directory.
@@ -465,6 +474,7 @@ class CheckpointWriter:
         self._report = report
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self._last_agreement: _Agreement | None = None
         self._check_shared()
 
     def _check_shared(self) -> None:
@@ -608,6 +618,9 @@ class CheckpointWriter:
             with jax.transfer_guard("allow"):
                 found = digest.collect(job.digests)
             job.agreement.reach()  # only what is well everywhere gets a manifest
+            if self._last_agreement is not None:
+                self._last_agreement.forget()
+            self._last_agreement = job.agreement
             if jax.process_index() == 0:
                 entries = {
                     name: dataclasses.replace(entry, digest=found[name])
@@ -620,6 +633,7 @@ class CheckpointWriter:
             self._abandon(job.step, job.orbax, job.agreement, error)
             self._error = self._failure(job.step, error)
             self._error.__cause__ = error
+            self._report(str(self._error))  # now, and for programs that end without `wait`
             return
         if jax.process_index() == 0:
             self._prune(job.step)
@@ -680,7 +694,15 @@ class CheckpointWriter:
             if _step_of(path) is not None and "://" not in str(path):
                 path = path.rename(path.with_name(f"{path.name}.removed"))
             (path / MANIFEST).unlink(missing_ok=True)  # object stores cannot rename: this first
-            path.rmtree()
+            # After a failed write, others of the same save may still be creating files.
+            for seconds in (0.1, 0.4, 1.6, None):
+                try:
+                    path.rmtree(missing_ok=True)
+                    break
+                except OSError:
+                    if seconds is None:
+                        raise
+                    time.sleep(seconds)
         except OSError as error:
             self._report(f"cannot remove {path}: {error}. Remove it by hand")
 
@@ -850,6 +872,9 @@ def restore(
 ) -> dict[str, Any]:
     """Arrays of a checkpoint, by flat name. Opens no file of items that were not asked for.
 
+    With targets, every process of jax.distributed must make the same call; each reads only what
+    its devices need. Without, a process reads everything for itself alone.
+
     Args:
       step_dir: one checkpoint (see `resolve`).
       items: which items to read.
@@ -868,7 +893,6 @@ def restore(
     entries = _select(step_dir, manifest, items, names)
     if targets is not None:
         _check_targets(step_dir, entries, targets)
-    agreement = _Agreement(timeout_seconds)
     arrays: dict[str, Any] = {}
     problem = None
     with jax.transfer_guard("allow"):
@@ -884,7 +908,10 @@ def restore(
             except Exception as error:
                 named = [name for name in wanted if f'"{name}/' in str(error)]
                 problem = _unreadable(step_dir / item, named or list(wanted), error)
-        agreement.reach(problem)  # before the digests, which need every process
+        if targets is None and problem is not None:
+            raise CheckpointError(problem)
+        if targets is not None:
+            _Agreement(timeout_seconds).reach(problem)  # before the digests, which need everyone
         if verify:
             _verify(step_dir, entries, arrays)
     return {name: arrays[name] for name in entries}
@@ -959,11 +986,16 @@ def restore_latest(
         try:
             for name in describe(step_dir).files:
                 read_file(step_dir, name)
+            if targets is None:
+                arrays = restore(step_dir, items)
+        except TargetMismatchError:
+            raise
         except CheckpointError as error:
             problem = str(error)
         try:
             _Agreement(timeout_seconds).reach(problem)
-            arrays = restore(step_dir, items, targets, timeout_seconds=timeout_seconds)
+            if targets is not None:
+                arrays = restore(step_dir, items, targets, timeout_seconds=timeout_seconds)
         except TargetMismatchError:
             raise
         except CheckpointError as error:

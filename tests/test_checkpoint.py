@@ -645,11 +645,12 @@ def _no_space(*args, **kwargs):
 
 @pytest.mark.parametrize("surface", ["save", "wait", "close", "with", "with another error"])
 def test_background_error_surfaces(tmp_path, monkeypatch, surface):
-    """Wherever the caller looks next, once; the writer works again after. Red: drop `raise error`
-    in `wait`, or `add_note` in `__exit__`."""
+    """Reported at once, raised wherever the caller looks next, once; the writer works again after.
+    Red: drop `raise error` in `wait`, `add_note` in `__exit__`, or `_report` in `_finish`."""
     save_steps(tmp_path, 1)
     arrays = split(place(host_arrays(2), make_mesh(4, 2)))
-    writer = CheckpointWriter(tmp_path, keep_latest=1)
+    lines = []
+    writer = CheckpointWriter(tmp_path, keep_latest=1, report=lines.append)
     monkeypatch.setattr(CheckpointWriter, "_write_manifest", _no_space)
     kind = KeyError if surface == "with another error" else CheckpointError
     with pytest.raises(kind) as caught:
@@ -665,6 +666,7 @@ def test_background_error_surfaces(tmp_path, monkeypatch, surface):
     text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
     for part in ("step 2", str(tmp_path / "2"), "previous checkpoint 1 is intact", "No space left"):
         assert part in text
+    assert len(lines) == 1 and "No space left" in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     monkeypatch.undo()
     writer.wait()
@@ -797,3 +799,48 @@ def test_transfer_guard(tmp_path):
         with CheckpointWriter(tmp_path, keep_latest=1) as writer:
             writer.save(1, arrays, ABOUT)
         checkpoint.restore(tmp_path / "1", ("params",), targets)
+
+
+def test_resume_is_bitwise(tmp_path):
+    """20 steps = 10 + save + restore + 10, with the data position from the checkpoint, from and
+    to the same mesh. Red: leave the step or the moments out of the restore."""
+    mesh = make_mesh(4, 2)
+    layout = {"params/w": ("x", "y"), "opt/mu/w": ("x", "y"), "step": ()}
+    shapes = {"params/w": (64, 32), "opt/mu/w": (64, 32), "step": ()}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(state, batch):
+        w, mu, step = state["params/w"], state["opt/mu/w"], state["step"]
+        gradient = jax.grad(lambda w: jnp.mean(jnp.tanh(batch @ w) ** 2))(w)
+        mu = 0.9 * mu + gradient
+        return {"params/w": w - mu / (1 + step), "opt/mu/w": mu, "step": step + 1}
+
+    def batch(position):
+        return np.random.default_rng(position).standard_normal((16, 64)).astype(np.float32)
+
+    def start():
+        w = np.random.default_rng(9).standard_normal((64, 32)).astype(np.float32)
+        state = {"params/w": w, "opt/mu/w": np.zeros_like(w), "step": np.int32(0)}
+        return {name: jax.device_put(a, on(mesh, layout[name])) for name, a in state.items()}
+
+    straight = start()
+    for position in range(20):
+        straight = train(straight, batch(position))
+    state = start()
+    with CheckpointWriter(tmp_path, keep_latest=1) as writer:
+        for position in range(13):  # three more than are saved: they must not matter
+            if position == 10:
+                writer.save(10, split(state), {"data": {"position": position}})
+            state = train(state, batch(position))
+    targets = {
+        name: jax.ShapeDtypeStruct(
+            shapes[name], jnp.int32 if name == "step" else jnp.float32, sharding=on(mesh, axes)
+        )
+        for name, axes in layout.items()
+    }
+    step_dir, state = checkpoint.restore_latest(
+        tmp_path, ("params", "opt"), targets, report=pytest.fail
+    )
+    for position in range(checkpoint.describe(step_dir).about["data"]["position"], 20):
+        state = train(state, batch(position))
+    assert_same_bits(state, straight)
