@@ -16,6 +16,7 @@ transformers = pytest.importorskip(
 from lemur_jax.convert.hf_config import config_from_hf  # noqa: E402
 from lemur_jax.convert.load import load_model  # noqa: E402
 
+torch.set_num_threads(1)  # tiny matrices: threads only contend
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -66,6 +67,11 @@ def our_logits(path, tokens, attention="reference"):
         config, dtype="float32", param_dtype="float32", attention=attention
     )
     model, _ = load_model(path, config=config)
+    return decoder_logits(model, tokens)
+
+
+def decoder_logits(model, tokens):
+    """Logits [B,T,padded V] of a Decoder; every row is one document."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     @jax.jit
