@@ -188,6 +188,24 @@ def documents(source: SourceConfig, seed: int = 0) -> Iterator[Document]:
             yield dataclasses.replace(document, split=document.split or held_out)
 
 
+def training_texts(sources: tuple[SourceConfig, ...], seed: int = 0) -> Iterator[str]:
+    """Training texts, sources interleaved by rate in bytes: what a tokenizer learns from.
+
+    Any prefix is a fair sample, as `tokenizer_files.train` wants it. Held-out text is not in it.
+    """
+    streams = {source.name: documents(source, seed) for source in sources}
+    rates = {source.name: source.rate for source in sources}
+    used = dict.fromkeys(streams, 0)
+    while streams:
+        name = min(streams, key=lambda name: used[name] / rates[name])
+        document = next((d for d in streams[name] if d.split == "train"), None)
+        if document is None:
+            del streams[name]
+        else:
+            used[name] += len(document.text.encode("utf-8"))
+            yield document.text
+
+
 def _file_sha256(name: str) -> str:
     with open(name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

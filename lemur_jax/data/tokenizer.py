@@ -43,10 +43,14 @@ class Tokenizer:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        config = _read_json(self.directory / CONFIG) | {}
+        config = _read_json(self.directory / CONFIG)
         special = _read_json(self.directory / SPECIAL)
+        added = {}
         if (self.directory / MODEL).is_file():
             self._engine = _SentencePieceEngine(self.directory / MODEL)
+            # transformers 5 lists added tokens in tokenizer.json alone.
+            spec = _read_json(self.directory / JSON)
+            added = {t["content"]: t["id"] for t in spec.get("added_tokens") or []}
         elif (self.directory / JSON).is_file():
             self._engine = _JsonEngine(self.directory / JSON)
         else:
@@ -56,7 +60,7 @@ class Tokenizer:
                     "give a directory that `lemur data tokenizer` wrote, or a Hugging Face one"
                 ]
             )
-        declared = dict(self._engine.added)
+        declared = added | self._engine.added
         for index, token in (config.get("added_tokens_decoder") or {}).items():
             declared[token["content"]] = int(index)
         declared |= _read_json(self.directory / "added_tokens.json")
@@ -197,7 +201,10 @@ class _SentencePieceEngine:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
             raise ConfigError(
-                [f"{path} is not a SentencePiece model ({error}): copy it again from its source"]
+                [
+                    f"{path} is not a SentencePiece model ({error}): copy it again, or, if it is "
+                    "Llama 3's tiktoken file, use the directory with tokenizer.json"
+                ]
             ) from error
         processor = self._processor
         self.size = processor.vocab_size()

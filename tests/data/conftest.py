@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from lemur_jax.data.build import BuildConfig, build, corpus_sources
+from lemur_jax.data.build import BuildConfig, build, corpus_sources, training_texts
 from lemur_jax.data.corpus import collect
 from lemur_jax.data.tokenizer_files import train
 
@@ -37,8 +37,8 @@ def records(corpus):
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory, records):
-    texts = [r["text"] for name in records for r in records[name] if r["split"] == "train"]
+def tokenizer(tmp_path_factory, corpus):
+    texts = training_texts(corpus_sources(corpus))
     directory = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     return train(texts, directory, vocab_size=2048, max_bytes=2_000_000)
 

@@ -12,7 +12,7 @@ from test_rows import reconstruct
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data import build as build_module
-from lemur_jax.data.build import BuildConfig, SourceConfig, build, documents
+from lemur_jax.data.build import BuildConfig, SourceConfig, build, documents, training_texts
 from lemur_jax.data.inspect import inspect
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
@@ -139,6 +139,23 @@ def test_copies_fall_on_one_side(tmp_path):
     assert all(len(splits) == 1 for splits in sides.values())
     held_out = sum(splits == {"validation"} for splits in sides.values())
     assert 5 <= held_out <= 25  # 0.3 of 50, binomial: 15 +- 3 standard deviations of 3.2
+
+
+def test_training_texts_are_interleaved_by_rate(tmp_path):
+    """Red if sources follow one another, or held-out text reaches the tokenizer's training."""
+    sources = []
+    for name, rate, size in (("code", 10.0, 50), ("text", 1.0, 25)):
+        lines = [
+            json.dumps({"text": name * size, "split": split})
+            for split in ["train"] * 300 + ["validation"]
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        files = str(tmp_path / f"{name}.jsonl")
+        sources.append(source(files, name=name, rate=rate, split_key="split"))
+    texts = [text[:4] for text in training_texts(tuple(sources))]
+    assert len(texts) == 600
+    # In bytes: a text document has half the bytes of a code document, so 5 code for 1 text.
+    assert abs(texts[:60].count("text") - 10) <= 1
 
 
 BAD_FILES = {

@@ -45,7 +45,7 @@ def test_no_exact_duplicates(records):
 
 
 def test_held_out_files_are_in_no_training_source(records):
-    """Red if `split_of` hashes the whole path with "#docstrings" instead of the file's."""
+    """Red if one source splits by another key, e.g. `split_of("code/" + file.path)` in `_code`."""
     groups = {"train": set(), "validation": set()}
     for lines in records.values():
         for record in lines:
@@ -155,7 +155,8 @@ def test_licence_comes_from_metadata(fields, expected):
 def test_prose_of_docstrings_only():
     """Red if `is_prose` accepts tables, examples or signatures, or the walk misses a method."""
     prose = "This sentence has clearly more than eight words in it."
-    source = f'class A:\n  def f(self):\n    """{prose}\n\n    >>> 1 + 1\n    2\n    """\n'
+    example = ">>> this is an example of code with many plain words"
+    source = f'class A:\n  def f(self):\n    """{prose}\n\n    {example}\n    """\n'
     assert docstring_paragraphs(source) == [prose]
     assert docstring_paragraphs("def f(:") == []
     assert not is_prose("x: int = 3, y: dict[str, int] = {}, z: (1, 2, 3), w: [4, 5, 6]")

@@ -141,10 +141,13 @@ def test_stream_equals_decode_at_every_prefix(tokenizer, byte_level, chat, data)
         stream, shown = each.stream(), ""
         for n, index in enumerate(ids, 1):
             shown += stream.push(index)
-            full = each.decode(ids[:n])
+            raw = b"".join(each._bytes[i] for i in ids[:n])
+            if each is not byte_level:
+                raw = raw.removeprefix(b" ")
+            full = raw.decode("utf-8", "replace")
             # What is held back is one unfinished character, which `decode` shows as U+FFFD.
             assert full.startswith(shown) and full[len(shown) :] in ("", "\ufffd")
-        assert shown + stream.flush() == each.decode(ids)
+        assert shown + stream.flush() == full == each.decode(ids)
 
 
 def test_stream_after_a_prompt_keeps_the_space(tokenizer):
@@ -176,8 +179,19 @@ def test_added_tokens(chat, tokenizer):
     assert chat.decode([first, *chat.encode("hi"), first + 1]) == "hi"
 
 
+def test_added_tokens_of_transformers_5(chat, tmp_path):
+    """Red if tokenizer.json is not read beside a tokenizer.model: the added tokens are lost."""
+    chat.save(tmp_path)
+    write_hf_files(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["added_tokens_decoder"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    again = Tokenizer.load(tmp_path)
+    assert again.added_tokens == chat.added_tokens and again.fingerprint == chat.fingerprint
+
+
 def test_fingerprint(tokenizer, chat, records, tmp_path):
-    """Red if the fingerprint depends on the directory or on the files that only HF reads."""
+    """Red if it depends on the directory or on HF's files, or not on the added tokens."""
     texts = [r["text"] for r in records["text"][:40]]
     one = train(texts, tmp_path / "one", vocab_size=500)
     two = train(texts, tmp_path / "two", vocab_size=500)
@@ -190,6 +204,10 @@ def test_fingerprint(tokenizer, chat, records, tmp_path):
     write_hf_files(tmp_path / "copy")
     assert Tokenizer.load(tmp_path / "copy").fingerprint == one.fingerprint
     assert chat.fingerprint != tokenizer.fingerprint
+    one.save(tmp_path / "added")
+    config = {"added_tokens_decoder": {"500": {"content": "<|im_end|>"}}}
+    (tmp_path / "added" / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.load(tmp_path / "added").fingerprint != one.fingerprint
 
 
 def test_batch_equals_single(tokenizer, records):
