@@ -1,7 +1,7 @@
 """The `lemur` command: flags to calls, errors to one clear message.
 
-Nothing heavy is imported before a sub-command runs: `lemur --help` answers at once, and `sample` and
-`convert` never see TensorFlow.
+Nothing heavy is imported before a sub-command runs: `lemur --help` answers at once, and `sample`
+and `convert` never see TensorFlow.
 """
 
 import argparse

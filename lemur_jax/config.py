@@ -179,9 +179,9 @@ class ModelConfig:
                 f"legal kv_heads: {', '.join(map(str, legal))}"
             )
         if not problems and self.head_dim % 2:
-            problems.append(f"ModelConfig.head_dim={self.head_dim} must be even: RoPE rotates pairs")
+            problems.append(f"ModelConfig.head_dim={self.head_dim} must be even: RoPE turns pairs")
         if self.norm_eps <= 0:
-            problems.append(f"ModelConfig.norm_eps={self.norm_eps} must be positive (Llama 2: 1e-5)")
+            problems.append(f"ModelConfig.norm_eps={self.norm_eps} must be positive, e.g. 1e-5")
         problems += _positive(self, "vocab_multiple")
         problems += _one_of(self, "activation", ACTIVATIONS)
         problems += _one_of(self, "dtype", DTYPES)

@@ -133,9 +133,7 @@ def summary(out: Path, same: bool) -> dict[str, str]:
     speed = sorted(line["train/tokens_per_second"] for line in steps)[len(steps) // 2]
     mfu = sorted(line.get("train/mfu", 0.0) for line in steps)[len(steps) // 2]
     rows = {"data corpus": describe_corpus(corpus), "data tokenizer": "8192 pieces, byte fallback"}
-    tokens = {
-        name: source["splits"]["train"]["tokens"] for name, source in data["sources"].items()
-    }
+    tokens = {name: source["splits"]["train"]["tokens"] for name, source in data["sources"].items()}
     rows["data build"] = ", ".join(f"{name} {count:,} tokens" for name, count in tokens.items())
     resumed = [line["step"] for line in lines if "resumed" in line]
     rows["train, first part"] = f"SIGTERM, saved at step {resumed[0]}"

@@ -68,9 +68,7 @@ def self_attention(
         (q_axes, kv_axes, kv_axes, token_axes, all_token_axes, token_axes, all_token_axes),
         q_axes,
     )
-    return run(
-        q_BTHD, k_BTKD, v_BTKD, positions_BT, positions_BT, segment_ids_BT, segment_ids_BT
-    )
+    return run(q_BTHD, k_BTKD, v_BTKD, positions_BT, positions_BT, segment_ids_BT, segment_ids_BT)
 
 
 def cached_attention(

@@ -4,6 +4,7 @@ mesh -> data -> state -> step -> (evaluate, save) -> report
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,7 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     """
     primary = jax.process_index() == 0
     console = Console(quiet=not primary)
-    report = console.print
+    report = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     run_dir = Path(config.run_dir)
 
     # ----- mesh ------------------------------------------------------------------------------
@@ -107,7 +108,10 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
 
     def save(step: int) -> None:
         writer.save(
-            step, saved.to_items(state), about=saved.about(config, pipeline, step), files=small_files
+            step,
+            saved.to_items(state),
+            about=saved.about(config, pipeline, step),
+            files=small_files,
         )
 
     # ----- step ------------------------------------------------------------------------------
@@ -178,9 +182,7 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     return RunResult(step, step >= config.steps, held_out, entropy)
 
 
-def device_batch(
-    pipeline: Pipeline, step: int, micro_batches: int, rows: int, mesh: Mesh
-) -> Batch:
+def device_batch(pipeline: Pipeline, step: int, micro_batches: int, rows: int, mesh: Mesh) -> Batch:
     """The global batch of a step on the mesh, [M,R,T]; each process reads only its own rows."""
     start, stop = sharding.local_row_range(rows, mesh)
     parts = [

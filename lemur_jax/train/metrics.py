@@ -83,20 +83,23 @@ class RunLog:
     def __post_init__(self):
         if not self.enabled:
             return
-        # TensorBoard's writer needs TensorFlow for gs:// only; its stub keeps the import light.
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        # The record writer alone: TensorBoard's EventFileWriter would import TensorFlow.
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         path = self.run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(self.run_dir) if line["step"] <= self.first_step]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._events = EventFileWriter(str(self.run_dir / "events"))
+        events = self.run_dir / "events"
+        events.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{self.first_step}"
+        self._events = RecordWriter((events / name).open("ab"))
+        self._write_event(file_version="brain.Event:2")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one event for each value, at a step (1 = after the first)."""
         if not self.enabled:
             return
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -104,7 +107,13 @@ class RunLog:
         summary = Summary(
             value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         )
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._write_event(step=step, summary=summary)
+
+    def _write_event(self, **fields) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._events.flush()
 
     def close(self) -> None:
         if self.enabled:

@@ -39,9 +39,7 @@ def from_items(like: TrainState, flat: dict[str, jax.Array]) -> TrainState:
     rest = {name: leaf for name, leaf in flat.items() if not name.startswith("params/")}
     shape = {"step": like.step, "opt": like.opt_state, "guard": like.guard}
     rest = param.unflatten(shape, rest)
-    return TrainState(
-        rest["step"], param.unflatten(like.model, params), rest["opt"], rest["guard"]
-    )
+    return TrainState(rest["step"], param.unflatten(like.model, params), rest["opt"], rest["guard"])
 
 
 def about(config: TrainConfig, pipeline: Pipeline, step: int) -> dict[str, Any]:

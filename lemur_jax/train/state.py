@@ -52,9 +52,7 @@ def abstract_state(
     config: ModelConfig, transform: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """The state as ShapeDtypeStructs, with shardings when a mesh is given. Costs nothing."""
-    state = jax.eval_shape(
-        lambda key: _fresh(Decoder(config, key), transform), jax.random.key(0)
-    )
+    state = jax.eval_shape(lambda key: _fresh(Decoder(config, key), transform), jax.random.key(0))
     return state if mesh is None else param.abstract_with_shardings(state, mesh)
 
 
