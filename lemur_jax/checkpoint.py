@@ -14,9 +14,11 @@ the devices before the bytes leave them and compared after a restore, so "latest
 verified. Nothing here depends on the mesh that saved: shardings are not stored, and a restore takes
 them from its targets.
 
-Choices, measured on 168 MB of float32 and bfloat16 noise, 8 CPU devices, 4 shared cores:
-compression is off (zstd: 11% smaller, commit 0.29 s instead of 0.19 s); zarr2 rather than zarr3
-(same speed and file count, and Orbax validates only zarr2 after merging processes).
+Measured on 8 CPU devices sharing 4 busy cores. 176 MB of float32 in 25 arrays: save returns after
+0.1-0.2 s (the first after 1.7 s: it compiles the digests), is complete after 0.4-0.6 s, 22 files;
+restore onto another mesh 0.3 s, with verification; digests about 1 GB/s on devices and on the host.
+Compression is off: on weights zstd saved 11% of the bytes and took half as long again to commit.
+zarr2, not zarr3: same speed and file count, and Orbax validates only zarr2 after merging processes.
 
 Importing this module costs what `import orbax.checkpoint` costs (about 2.8 s, 2.5 s of it JAX).
 """

@@ -250,8 +250,8 @@ def test_workers_restored_on_another_mesh(pair):
 
 
 def test_keep_policy_of_two_processes(pair):
-    """Process 0 alone deletes, and all complete ones are whole. Red: `_prune` in every process
-    (they race) or in process 1 alone."""
+    """Only whole ones are left, and nothing of the failed save. Red: drop the call of `_prune`, or
+    `_remove_half_written` in `_abandon`."""
     directory, _ = pair
     assert checkpoint.complete_steps(directory / "shared") == [3, 5]
     assert sorted(path.name for path in (directory / "shared").iterdir()) == ["3", "5"]
