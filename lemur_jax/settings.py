@@ -231,7 +231,8 @@ class _Reading:
         for (scope, cls, field), where in self._bound.items():
             if scope and scope not in scopes:
                 self.problems.append(
-                    f"{where}: {scope}/{cls}.{field} has no effect: nothing refers to @{scope}/{cls}()"
+                    f"{where}: {scope}/{cls}.{field} has no effect: "
+                    f"nothing refers to @{scope}/{cls}()"
                 )
 
     def check_required(self, root: type) -> None:

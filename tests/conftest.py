@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, set before JAX looks; the real sharding path runs everywhere."""
+"""Eight CPU devices for every test, set before JAX looks: the real sharding path runs."""
 
 import os
 

@@ -118,7 +118,7 @@ def test_bad_bindings(run_file, binding, message):
 
 
 def test_cross_field_rules(run_file):
-    """Red if TrainConfig.__post_init__ loses the comparison of sequence_length and max_positions."""
+    """Red if TrainConfig.__post_init__ no longer compares sequence_length and max_positions."""
     found = "\n".join(
         problems(
             [run_file], 'RUN="r"', "DataConfig.sequence_length=512", "TrainConfig.micro_batches=3"

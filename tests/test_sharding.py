@@ -69,7 +69,7 @@ def test_unknown_axis_is_an_error():
 
 
 def test_every_weight_is_sharded_as_the_table_says():
-    """Red if the table maps embed to None, or kv_heads are not replicated when tensor > kv_heads."""
+    """Red if the table maps embed to None, or too few kv_heads are not replicated."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4))
     specs = {
         name: where.spec

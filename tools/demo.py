@@ -138,7 +138,8 @@ def summary(out: Path, same: bool) -> dict[str, str]:
     resumed = [line["step"] for line in lines if "resumed" in line]
     rows["train, first part"] = f"SIGTERM, saved at step {resumed[0]}"
     rows["train, resumed"] = (
-        f"from step {resumed[0]} to {lines[-1]['step']}; median {speed:,.0f} tokens/s, MFU {mfu:.1%}"
+        f"from step {resumed[0]} to {lines[-1]['step']}; "
+        f"median {speed:,.0f} tokens/s, MFU {mfu:.1%}"
     )
     for name, source in data["sources"].items():
         tag = f"evaluation/{name}/loss"

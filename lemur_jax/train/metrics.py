@@ -97,7 +97,7 @@ class RunLog:
         self._write_event(file_version="brain.Event:2")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl and one event for each value, at a step (1 = after the first)."""
+        """One line of metrics.jsonl and one event for each value; step 1 is the first."""
         if not self.enabled:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary

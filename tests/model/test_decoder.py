@@ -1,6 +1,7 @@
 """Properties of the decoder: causality, packing, cache, remat, padding of the vocabulary."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def run(model, tokens, positions, segments):
 
 def test_causality_by_gradient(model):
     """Red if the mask rule compares positions with < or >= the wrong way round."""
-    tokens, positions, segments = row(12, batch=1)
+    _, positions, segments = row(12, batch=1)
 
     def logits_from_table(table):
         changed = jax.tree.map(lambda w: w, model)
@@ -69,11 +70,11 @@ def test_packed_documents_equal_separate_rows(model):
     parts = np.cumsum((0, *lengths))
     positions = np.zeros((1, 20), np.int32)
     segments = np.zeros((1, 20), np.int32)
-    for index, (start, stop) in enumerate(zip(parts, parts[1:])):
+    for index, (start, stop) in enumerate(itertools.pairwise(parts)):
         positions[0, start:stop] = np.arange(stop - start)
         segments[0, start:stop] = index + 1
     packed = run(model, tokens, positions, segments)
-    for start, stop in zip(parts, parts[1:]):
+    for start, stop in itertools.pairwise(parts):
         _, alone_positions, ones = row(int(stop - start), batch=1)
         alone = run(model, tokens[:, start:stop], alone_positions, ones)
         real = np.s_[..., : CONFIG.vocab_size]

@@ -161,7 +161,7 @@ def test_a_spike_is_skipped_and_reported():
 
 
 def test_schedules():
-    """Red if the warm-up started at zero, the decay ended off its fraction, or wsd decayed early."""
+    """Red if warm-up started at zero, decay ended off its fraction, or wsd decayed early."""
 
     def rates(**changes):
         config = OptimizerConfig(peak_learning_rate=1.0, warmup_steps=10, **changes)
