@@ -33,6 +33,7 @@ from lemur_jax.data import prose
 from lemur_jax.data.files import check_replaceable, fraction_of, new_directory, sha256
 
 BYTES_PER_FILE = 1_000_000  # larger .py files are generated tables
+BYTES_PER_PROSE_FILE = 60_000  # larger licence files repeat other packages' licences
 BYTES_PER_FILE_MINIMUM = 128  # smaller ones are empty __init__.py files
 _SKIPPED_PARTS = {"_vendor", "_vendored_packages", "__pycache__", "site-packages", "pydoc_data"}
 _LICENCE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE)[^/]*$", re.IGNORECASE)
@@ -125,12 +126,12 @@ class _Filter:
         self.duplicates: dict[str, int] = collections.Counter()
         self._seen: set[tuple[str, str]] = set()
 
-    def read(self, file: _File) -> str | None:
+    def read(self, file: _File, most: int = BYTES_PER_FILE) -> str | None:
         """Text of the file, or None after noting why it is not used."""
         try:
             size = file.location.stat().st_size
-            if size > BYTES_PER_FILE:
-                return self._skip(f"larger than {BYTES_PER_FILE} bytes", file.path)
+            if size > most:
+                return self._skip(f"larger than {most} bytes", file.path)
             if size < BYTES_PER_FILE_MINIMUM:
                 return self._skip(f"smaller than {BYTES_PER_FILE_MINIMUM} bytes", file.path)
             text = file.location.read_bytes().decode("utf-8")
@@ -255,7 +256,7 @@ def _text(files, code, prose_files, texts, limit, keep, split_of, progress) -> l
     task = progress.add_task("reading text", total=limit)
     whole = [(path, text, licence) for path, text, licence in texts]
     for file in prose_files:
-        text = keep.read(file)
+        text = keep.read(file, BYTES_PER_PROSE_FILE)
         if text is not None:
             whole.append((file.path, text.strip(), file.licence))
     chosen, used = [], 0
