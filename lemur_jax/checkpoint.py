@@ -638,7 +638,10 @@ class CheckpointWriter:
             self._report(str(self._error))  # now, and for programs that end without `wait`
             return
         if jax.process_index() == 0:
-            self._prune(job.step)
+            try:
+                self._prune(job.step)
+            except Exception as error:  # the new checkpoint is whole: not a failed save
+                self._report(f"keep policy after step {job.step}: {type(error).__name__}: {error}")
 
     def _write_manifest(self, job: _Save, entries: Mapping[str, ArrayEntry]) -> None:
         step_dir = self.directory / str(job.step)

@@ -743,7 +743,7 @@ KILLED = """
     import jax, numpy as np
     from lemur_jax import checkpoint
 
-    def die(*args):
+    def die(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 
     directory, point = sys.argv[1:]
