@@ -19,9 +19,9 @@ import seqio
 import tensorflow as tf
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import build
-from lemur_jax.data.build import SPLITS, SourceConfig
+from lemur_jax.data import sources as _sources
 from lemur_jax.data.files import Document
+from lemur_jax.data.sources import SPLITS, SourceConfig
 from lemur_jax.data.tokenizer import MODEL, Tokenizer
 
 # What ends the part of a Task that makes text: a build tokenises by itself.
@@ -50,7 +50,7 @@ class DocumentSource(seqio.FunctionDataSource):
         super().__init__(dataset_fn=dataset, splits=SPLITS)
 
     def _examples(self, split: str) -> Iterator[dict[str, str]]:
-        for document in build.documents(self.config, self._seed):
+        for document in _sources.documents(self.config, self._seed):
             if document.split == split and document.text:
                 yield {"text": document.text, "path": document.path}
 

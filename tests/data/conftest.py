@@ -5,8 +5,9 @@ import json
 import pytest
 from rich.console import Console
 
-from lemur_jax.data.build import BuildConfig, build, corpus_sources, training_texts
+from lemur_jax.data.build import BuildConfig, build
 from lemur_jax.data.corpus import collect
+from lemur_jax.data.sources import corpus_sources, training_texts
 from lemur_jax.data.tokenizer_files import train
 
 SEQUENCE_LENGTH = 128

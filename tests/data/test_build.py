@@ -12,8 +12,9 @@ from test_rows import reconstruct
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data import build as build_module
-from lemur_jax.data.build import BuildConfig, SourceConfig, build, documents, training_texts
+from lemur_jax.data.build import BuildConfig, build
 from lemur_jax.data.inspect import inspect
+from lemur_jax.data.sources import SourceConfig, documents, training_texts
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from lemur_jax.config import ConfigError, DataConfig
-from lemur_jax.data.build import documents
 from lemur_jax.data.pipeline import Pipeline
+from lemur_jax.data.sources import documents
 from lemur_jax.data.store import RowStore
 
 B, T = 11, 128

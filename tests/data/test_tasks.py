@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import build
+from lemur_jax.data import build, sources
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ def test_task_yields_the_documents_of_the_build(seqio, mixture, build_config, to
     for config in build_config.sources:
         task = seqio.get_mixture_or_task(f"lemur_demo_{config.name}")
         dataset = task.get_dataset(None, split=split, shuffle=False)
-        expected = [d for d in build.documents(config) if d.split == split][:60]
+        expected = [d for d in sources.documents(config) if d.split == split][:60]
         examples = list(dataset.take(60).as_numpy_iterator())
         assert len(examples) == len(expected) > 5
         for document, example in zip(expected, examples, strict=True):
