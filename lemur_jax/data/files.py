@@ -79,6 +79,37 @@ def read_documents(
                     yield _record(line, name, number, field, text_key, split_key)
 
 
+def texts(patterns: Sequence[str], field: str = "files", text_key: str = "text") -> Iterator[str]:
+    """Texts of files, interleaved by file size, so that any prefix is a fair sample of them all.
+
+    A .jsonl file whose first record has a "split" gives its training documents only: a tokenizer
+    must not learn from held-out text.
+    """
+    names = expand(patterns, field)
+    streams = {n: read_documents([n], field, text_key, _split_key(n)) for n in names}
+    sizes = {name: max(os.path.getsize(name), 1) for name in names}
+    used = dict.fromkeys(names, 0)
+    while streams:
+        name = min(streams, key=lambda name: used[name] / sizes[name])
+        document = next((d for d in streams[name] if d.split != "validation"), None)
+        if document is None:
+            del streams[name]
+        else:
+            used[name] += len(document.text.encode("utf-8"))
+            yield document.text
+
+
+def _split_key(name: str) -> str | None:
+    if name.endswith(".txt"):
+        return None
+    try:
+        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as lines:
+            record = json.loads(next(lines, b"null"))
+    except (OSError, ValueError):
+        return None  # `read_documents` says what is wrong with the file
+    return "split" if isinstance(record, dict) and "split" in record else None
+
+
 def _lines(lines, name: str, field: str) -> Iterator[bytes]:
     try:
         yield from lines

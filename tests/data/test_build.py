@@ -13,6 +13,7 @@ from test_rows import reconstruct
 from lemur_jax.config import ConfigError
 from lemur_jax.data import build as build_module
 from lemur_jax.data.build import BuildConfig, build
+from lemur_jax.data.files import texts as texts_of_files
 from lemur_jax.data.inspect import inspect
 from lemur_jax.data.sources import SourceConfig, documents, training_texts
 from lemur_jax.data.store import RowStore
@@ -157,6 +158,20 @@ def test_training_texts_are_interleaved_by_rate(tmp_path):
     assert len(texts) == 600
     # In bytes: a text document has half the bytes of a code document, so 5 code for 1 text.
     assert abs(texts[:60].count("text") - 10) <= 1
+
+
+def test_texts_of_files(tmp_path):
+    """Red if files follow one another, or a validation record reaches the tokenizer."""
+    for name, n in (("a", 80), ("b", 20)):
+        lines = [{"text": name * 50, "split": "train"}] * n
+        lines.insert(1, {"text": "held out", "split": "validation"})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "c.txt").write_text("whole file")
+    found = list(texts_of_files([str(tmp_path / "*.jsonl"), str(tmp_path / "c.txt")]))
+    assert len(found) == 101 and "held out" not in found and "whole file" in found
+    assert abs(found[:50].count("b" * 50) - 10) <= 1
+    with pytest.raises(ConfigError, match=r"files='nowhere.txt' matches no file: check"):
+        list(texts_of_files(["nowhere.txt"]))
 
 
 BAD_FILES = {
