@@ -7,21 +7,27 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from lemur_jax import checkpoint
 from lemur_jax.convert.errors import ConversionError
 
 
-def refuse_non_empty(directory: Path) -> None:
-    """Raises ConversionError if `directory` holds anything or is a file."""
-    if directory.is_dir() and any(directory.iterdir()):
-        names = sorted(path.name for path in directory.iterdir())
+def check_new(directory: str | Path) -> None:
+    """Raises ConversionError if `directory` (local, or gs://) is a file or holds anything."""
+    if "://" in str(directory):
+        names = [str(step) for step in checkpoint.complete_steps(directory)]
+    elif Path(directory).is_dir():
+        names = sorted(path.name for path in Path(directory).iterdir())
+    elif Path(directory).exists():
+        raise ConversionError([f"{directory} is a file: give a directory that does not exist"])
+    else:
+        names = []
+    if names:
         raise ConversionError(
             [
                 f"{directory} is not empty (it holds {', '.join(names[:6])}): give a directory "
                 "that does not exist, or empty it"
             ]
         )
-    if directory.exists() and not directory.is_dir():
-        raise ConversionError([f"{directory} is a file: give a directory that does not exist"])
 
 
 @contextlib.contextmanager

@@ -25,11 +25,12 @@ from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert import safetensors, tables
 from lemur_jax.convert.cast import cast, check_dtype
-from lemur_jax.convert.destination import appearing, refuse_non_empty
+from lemur_jax.convert.destination import appearing, check_new
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_source import open_hf
 from lemur_jax.convert.progress import progress
+from lemur_jax.convert.recognise import step_directory
 from lemur_jax.convert.rules import Rule
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
@@ -55,22 +56,20 @@ _SHARD_BYTES = 5_000_000_000  # transformers' habit
 _TOKEN_IDS = ("bos", "eos", "pad")
 
 
-def absolute(path: str | Path) -> str:
-    """A path as Orbax wants it: absolute, or with a scheme such as gs://."""
-    return str(path) if "://" in str(path) else os.path.abspath(path)
-
-
 # ---------------------------------------------------------------------------------------------
 # HF -> ours
 # ---------------------------------------------------------------------------------------------
 
 
-def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None) -> Path:
+def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None) -> os.PathLike:
     """Writes a parameter checkpoint, step 0, that says what it is.
 
+    Reads tensor by tensor, but the writer of checkpoints takes whole trees: host memory must hold
+    the weights once, and one leaf twice.
+
     Args:
-      hf_dir: HF directory with safetensors weights.
-      out_dir: must not exist or be empty.
+      hf_dir: local HF directory with safetensors weights.
+      out_dir: must not exist or be empty; local, or gs://.
       dtype: of the stored weights; None keeps each weight's own.
 
     Returns:
@@ -80,7 +79,7 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
       ConversionError: anything wrong with the source, or `out_dir` holds something.
       CheckpointError: the checkpoint cannot be written.
     """
-    refuse_non_empty(Path(out_dir))
+    check_new(out_dir)
     hf = open_hf(hf_dir, dtype=dtype)
     extras = {
         "config": hf.source if dtype is None else config_to_hf(hf.config, hf.source, dtype),
@@ -89,7 +88,7 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
     }
     about = {"kind": "params", "model": dataclasses.asdict(hf.config), "hf_extras": extras}
     total = sum(np.prod(hf.shape(n), dtype=int) * hf.dtypes[n].itemsize for n in hf.names)
-    cpu = jax.local_devices(backend="cpu")[0]
+    cpu = _host()
     arrays = {}
     with progress(f"reading {hf.directory}", int(total)) as advance:
         for name in hf.names:
@@ -98,7 +97,18 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
             advance(name, leaf.nbytes)
     with checkpoint.CheckpointWriter(out_dir, keep_latest=1) as writer:
         writer.save(0, {"params": arrays}, about=about, files=_carried_files(hf.directory))
-    return Path(checkpoint.resolve(out_dir))
+    return step_directory(out_dir)
+
+
+def _host() -> jax.Device:
+    """The CPU: a conversion must not depend on what fits on an accelerator."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise ConversionError(
+            [f"JAX_PLATFORMS={platforms!r} hides the CPU, which must hold the weights: add ',cpu'"]
+        ) from error
 
 
 def _carried_files(hf_dir: Path) -> dict[str, bytes]:
@@ -144,9 +154,11 @@ def export_hf(
     check_dtype(dtype)
     if max_shard_bytes < 1:
         raise ConversionError([f"max_shard_bytes={max_shard_bytes} must be positive"])
+    if "://" in str(out_dir):
+        raise ConversionError([f"{out_dir} is not local: export to a local directory, then copy"])
+    check_new(out_dir)
     out_dir = Path(out_dir)
-    refuse_non_empty(out_dir)
-    step_dir = checkpoint.resolve(absolute(path))
+    step_dir = step_directory(path)
     manifest = checkpoint.describe(step_dir)
     if "model" not in manifest.about:
         raise ConversionError([f"{step_dir} does not say which model it holds (about['model'])"])

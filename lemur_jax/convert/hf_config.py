@@ -175,6 +175,7 @@ def config_to_hf(
             written[field.theirs] = getattr(config, field.ours)
         written |= {"attention_dropout": 0.0, **hf_rope.rope_to_hf(config.rope)}
         if config.rope.kind == "dynamic":
+            # HF has one number where we have two: what the model claims to handle is derived.
             written["max_position_embeddings"] = config.rope.original_max_positions
     if dtype is not None:
         # v4 up to 4.55 knows torch_dtype only, later versions prefer dtype.

@@ -1,6 +1,7 @@
 """Parameters from any checkpoint that we can read, as a model on a mesh."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -11,10 +12,10 @@ from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert.cast import cast
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.hf import PREFIX, absolute
+from lemur_jax.convert.hf import PREFIX
 from lemur_jax.convert.hf_config import COMPUTATION
 from lemur_jax.convert.hf_source import open_hf
-from lemur_jax.convert.recognise import recognise
+from lemur_jax.convert.recognise import recognise, step_directory
 from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder, abstract
 from lemur_jax.sharding import padded_vocab
@@ -25,7 +26,7 @@ _FREE = (*COMPUTATION, "initializer_range")
 
 def load_model(
     path: str | Path, *, mesh: Mesh | None = None, config: ModelConfig | None = None
-) -> tuple[Decoder, Path]:
+) -> tuple[Decoder, os.PathLike]:
     """Reads a run, a checkpoint or a Hugging Face directory, one leaf at a time.
 
     Args:
@@ -45,10 +46,12 @@ def load_model(
     """
     if recognise(path) == "hf":
         return _from_hf(Path(path), mesh, config)
-    return _from_checkpoint(Path(checkpoint.resolve(absolute(path))), mesh, config)
+    return _from_checkpoint(step_directory(path), mesh, config)
 
 
-def _from_hf(path: Path, mesh: Mesh | None, config: ModelConfig | None) -> tuple[Decoder, Path]:
+def _from_hf(
+    path: Path, mesh: Mesh | None, config: ModelConfig | None
+) -> tuple[Decoder, os.PathLike]:
     hf = open_hf(path)
     if config is not None:
         _check_same(path, hf.config, config)
@@ -66,8 +69,8 @@ def _from_hf(path: Path, mesh: Mesh | None, config: ModelConfig | None) -> tuple
 
 
 def _from_checkpoint(
-    step_dir: Path, mesh: Mesh | None, config: ModelConfig | None
-) -> tuple[Decoder, Path]:
+    step_dir: os.PathLike, mesh: Mesh | None, config: ModelConfig | None
+) -> tuple[Decoder, os.PathLike]:
     manifest = checkpoint.describe(step_dir)
     stored = model_config(manifest.about["model"])
     config = stored if config is None else config
@@ -109,7 +112,7 @@ def _targets(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtype
     }
 
 
-def _check_same(path: Path, stored: ModelConfig, asked: ModelConfig) -> None:
+def _check_same(path: os.PathLike, stored: ModelConfig, asked: ModelConfig) -> None:
     different = [
         f"ModelConfig.{field.name}={getattr(asked, field.name)!r}, but {path} has "
         f"{getattr(stored, field.name)!r}: the model must be the same"

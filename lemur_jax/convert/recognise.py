@@ -1,5 +1,6 @@
 """What a path is, by what it contains."""
 
+import os
 from pathlib import Path
 
 from lemur_jax import checkpoint
@@ -9,9 +10,13 @@ from lemur_jax.convert.errors import ConversionError
 def recognise(path: str | Path) -> str:
     """Says "hf" or "lemur", by what a directory contains.
 
+    A path with a scheme (gs://) is taken for ours: HF directories are read from local disks only.
+
     Raises:
       ConversionError: neither; lists what was looked for and what is there.
     """
+    if "://" in str(path):
+        return "lemur"
     path = Path(path)
     if not path.is_dir():
         raise ConversionError(
@@ -31,3 +36,14 @@ def recognise(path: str | Path) -> str:
             f"directory (looked for config.json); it holds {', '.join(there[:12]) or 'nothing'}"
         ]
     )
+
+
+def step_directory(path: str | Path) -> os.PathLike:
+    """The checkpoint meant by a run, a checkpoints directory or a step, absolute as Orbax wants it.
+
+    Raises:
+      CheckpointError: there is none; says what is there instead.
+    """
+    if "://" in str(path):
+        return checkpoint.resolve(path)
+    return Path(checkpoint.resolve(os.path.abspath(path)))

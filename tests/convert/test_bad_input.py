@@ -297,11 +297,14 @@ def test_a_checkpoint_that_lacks_a_weight(tmp_path):
 
 
 def test_what_is_no_checkpoint_at_all(tmp_path):
-    """Red when `recognise` guesses, or does not list what it saw."""
+    """Red when `recognise` guesses or does not list what it saw, or gs: becomes a directory."""
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ConversionError, match=r"manifest\.json.*config\.json.*notes\.txt"):
         recognise(tmp_path)
     with pytest.raises(ConversionError, match="not a directory"):
         recognise(tmp_path / "none")
+    assert recognise("gs://bucket/run") == "lemur"
+    with pytest.raises(ConversionError, match="gs://bucket/hf is not local"):
+        export_hf(tmp_path, "gs://bucket/hf")
     with pytest.raises(ConversionError, match="max_shard_bytes=0"):
         export_hf(tmp_path, tmp_path / "o", max_shard_bytes=0)
