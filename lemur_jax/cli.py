@@ -7,7 +7,9 @@ and `convert` never see TensorFlow.
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,7 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("files", nargs="+", metavar="F.jsonl")
     tokenizer.add_argument("--out", required=True, metavar="DIR")
     tokenizer.add_argument("--vocab_size", type=int, default=8192)
-    tokenizer.add_argument("--seed", type=int, default=0)
     build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
     gin(build)
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
@@ -249,13 +250,50 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> int:
-    from lemur_jax.sample.run import run_sample
-
     if (options.prompt is None) == (options.input is None):
         raise UsageError("give --prompt=TEXT or --input=F.jsonl, one of them")
     if (options.input is None) != (options.output is None):
         raise UsageError("--input and --output go together")
-    run_sample(options)
+    from lemur_jax.sample.request import Request
+    from lemur_jax.sample.sampler import Sampler
+
+    fields = {
+        name: getattr(options, name)
+        for name in (
+            *("max_new_tokens", "temperature", "top_k", "top_p", "min_p"),
+            *("repetition_penalty", "seed", "n"),
+        )
+    } | {"stop": tuple(options.stop)}
+    first = Request(prompt=options.prompt or "", **fields)  # bad flags, before the weights load
+    sampler = Sampler.load(options.path, dtype=options.dtype)
+    if options.input is not None:
+        from lemur_jax.sample import batch
+
+        batch.run(sampler, options.input, options.output, defaults=fields)
+        return 0
+    start = time.perf_counter()
+    completions = []
+    if options.no_stream or options.n > 1:
+        completions = sampler.generate([first])
+        for done in completions:
+            if options.n > 1:
+                print(f"--- sample {done.sample}")
+            print(options.prompt + done.text)
+    else:
+        print(options.prompt, end="", flush=True)
+        for piece in sampler.stream(first):
+            print(piece.text, end="", flush=True)
+            if piece.completion is not None:
+                completions.append(piece.completion)
+        print()
+    seconds, tokens = time.perf_counter() - start, sum(len(done.ids) for done in completions)
+    for note in {done.note for done in completions if done.note}:
+        print(f"lemur: note: {note}", file=sys.stderr)
+    print(
+        f"lemur: {tokens} tokens in {seconds:.2f} s, compilation included; "
+        f"ended by: {', '.join(done.finish_reason for done in completions)}",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -272,19 +310,28 @@ def _data_corpus(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _data_tokenizer(options: argparse.Namespace, _: list[str]) -> int:
-    from lemur_jax.data import files, tokenizer
+    from lemur_jax.data import files, tokenizer_files
 
     texts = files.texts(options.files)
-    tokenizer.train(texts, Path(options.out), vocab_size=options.vocab_size, seed=options.seed)
+    tokenizer_files.train(texts, options.out, vocab_size=options.vocab_size)
+    print(f"wrote {options.out}")
     return 0
 
 
 def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
     from lemur_jax import settings
     from lemur_jax.data import build
+    from lemur_jax.data.sources import SourceConfig
 
-    classes = [build.BuildConfig, build.SourceConfig]
+    classes = [build.BuildConfig, SourceConfig]
     config, _ = settings.load(build.BuildConfig, options.gin_file, bindings, classes)
+    if build.existing(config) is None:
+        # TensorFlow's import takes its time: only now that everything else is known to be well.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it greets on stderr otherwise
+        from lemur_jax.data import tasks
+
+        tasks.register_mixture(config.mixture, config.sources, config.tokenizer, config.seed)
+        config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     build.build(config)
     return 0
 
@@ -292,7 +339,8 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
 def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:
     from lemur_jax.data import inspect
 
-    inspect.inspect(Path(options.path), options.split, options.rows, source=options.source)
+    sources = None if options.source is None else [options.source]
+    inspect.inspect(options.path, options.split, range(options.rows), sources)
     return 0
 
 

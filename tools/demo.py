@@ -67,7 +67,9 @@ def main() -> int:
     )
     lemur(
         "data build",
-        *("data", "build", "--gin_file=data/demo.gin", f"--gin.CORPUS={quoted(corpus)}"),
+        *("data", "build", "--gin_file=data/demo.gin"),
+        *(f"--gin.CODE={quoted(f'{corpus}/code.jsonl')}",),
+        *(f"--gin.TEXT={quoted(f'{corpus}/text.jsonl')}",),
         *(f"--gin.TOKENIZER={quoted(tokenizer)}", f"--gin.DATA={quoted(data)}"),
     )
     train = [

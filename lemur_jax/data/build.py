@@ -104,8 +104,15 @@ def _identity(config: BuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _existing(config: BuildConfig, identity: dict) -> dict | None:
-    """Manifest of an identical earlier build; raises when the place holds anything else."""
+def existing(config: BuildConfig) -> dict | None:
+    """Manifest of an identical earlier build, None when there is no build at `config.path` yet.
+
+    Raises ConfigError when that place holds anything else, and for whatever is wrong with the input
+    and can be known without reading it all.
+    """
+    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer.encode("", bos=True, eos=True)  # raises when it has no BOS or EOS
+    identity = _identity(config, tokenizer)
     path = Path(config.path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
@@ -134,12 +141,11 @@ def build(config: BuildConfig, console: Console | None = None) -> dict:
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
-    tokenizer = Tokenizer.load(config.tokenizer)
-    tokenizer.encode("", bos=True, eos=True)  # raises when it has no BOS or EOS
-    identity = _identity(config, tokenizer)
-    if (manifest := _existing(config, identity)) is not None:
+    if (manifest := existing(config)) is not None:
         console.print(f"data set {config.path} is complete already", soft_wrap=True)
         return manifest
+    tokenizer = Tokenizer.load(config.tokenizer)
+    identity = _identity(config, tokenizer)
     with new_directory(config.path) as temporary:
         sources = {}
         with Progress(console=console, transient=True) as progress:
