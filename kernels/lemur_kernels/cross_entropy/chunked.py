@@ -16,15 +16,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from lemur_kernels.cross_entropy.reference import CrossEntropy, logits_BTV
+from lemur_kernels.product import einsum_f32
+from lemur_kernels.varying import varying_alike
 
 
 def chunked(
     x_BTE, w_EV, targets_BT, weights_BT, z_loss: float, chunk_tokens: int, valid_vocab: int
 ) -> CrossEntropy:
     """See lemur_kernels.cross_entropy.cross_entropy."""
-    loss, z, nll_BT = _losses(
-        x_BTE, w_EV, targets_BT, weights_BT, z_loss, min(chunk_tokens, x_BTE.shape[1]), valid_vocab
-    )
+    chunk_tokens = min(chunk_tokens, x_BTE.shape[1])
+    inputs = varying_alike(x_BTE, w_EV, targets_BT, weights_BT)
+    loss, z, nll_BT = _losses(*inputs, z_loss, chunk_tokens, valid_vocab)
     return CrossEntropy(loss, z, lax.stop_gradient(nll_BT))
 
 
@@ -90,9 +92,8 @@ def _losses_and_gradients(
         )
         # 16-bit inputs take 16-bit cotangents, as their product's own transpose would.
         dlogits_BCV = dlogits_BCV.astype(x_BCE.dtype)
-        f32 = {"preferred_element_type": jnp.float32}
-        dx_BCE = jnp.einsum("BCV,EV->BCE", dlogits_BCV, w_EV, **f32).astype(x_BCE.dtype)
-        dw_EV += jnp.einsum("BCE,BCV->EV", x_BCE, dlogits_BCV, **f32)
+        dx_BCE = einsum_f32("BCV,EV->BCE", dlogits_BCV, w_EV).astype(x_BCE.dtype)
+        dw_EV += einsum_f32("BCE,BCV->EV", x_BCE, dlogits_BCV)
         return dw_EV, (log_z_BC, nll_BC, dx_BCE)
 
     chunks = _chunks(chunk_tokens, x_BTE, targets_BT, weights_BT)

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lemur_kernels.product import einsum_f32
+
 
 class CrossEntropy(NamedTuple):
     """Sums over the tokens, so the caller divides once by the total weight.
@@ -24,7 +26,7 @@ class CrossEntropy(NamedTuple):
 
 def logits_BTV(x_BTE: jax.Array, w_EV: jax.Array, valid_vocab: int) -> jax.Array:
     """Logits accumulated in f32; columns from valid_vocab on (padding) are -inf."""
-    logits_BTV = jnp.einsum("BTE,EV->BTV", x_BTE, w_EV, preferred_element_type=jnp.float32)
+    logits_BTV = einsum_f32("BTE,EV->BTV", x_BTE, w_EV)
     if valid_vocab == w_EV.shape[1]:
         return logits_BTV
     return jnp.where(jnp.arange(w_EV.shape[1]) < valid_vocab, logits_BTV, -jnp.inf)

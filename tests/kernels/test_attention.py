@@ -1,0 +1,307 @@
+"""Attention kernels: one suite for every implementation that runs on a CPU.
+
+Axis key: B batch, T query length, S key length, H heads, K kv heads, G = H / K, D head dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import lemur_kernels.attention.chunked as chunked
+import numpy as np
+import pytest
+from lemur_kernels.attention import attention
+
+ON_CPU = ("reference", "chunked")
+# f32 sums of at most 300 terms of order one, in another order than float64's.
+F32 = {"rtol": 2e-5, "atol": 2e-5}
+# bf16 keeps 8 bits: 2^-8 of values of order one, times a few roundings.
+BF16 = {"rtol": 3e-2, "atol": 3e-2}
+
+
+# Two hundred tokens would cross blocks and runs of the real size; forty cross these.
+SMALL_BLOCK = 8
+jitted = jax.jit(attention, static_argnames=("packed", "scale", "implementation"))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """40 tokens make 5 blocks in 3 runs: two of two blocks and one of one."""
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", SMALL_BLOCK)
+    monkeypatch.setattr(chunked, "PREFIXES", 3)
+
+
+def packed_rows(*lengths_of_rows, T):
+    """Positions and segments [B, T] of rows packed with documents of the given lengths."""
+    positions = np.zeros((len(lengths_of_rows), T), np.int32)
+    segments = np.zeros_like(positions)
+    for row, lengths in enumerate(lengths_of_rows):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            positions[row, start : start + length] = np.arange(length)
+            segments[row, start : start + length] = number
+            start += length
+    return jnp.array(positions), jnp.array(segments)
+
+
+def draw(seed, *shapes, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes)]
+
+
+def qkv(B=2, T=40, H=6, K=2, D=8, S=None, **kw):
+    S = T if S is None else S
+    return draw(0, (B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, D), **kw)
+
+
+def attend(q, k, v, positions, segments, implementation, packed=True, **kw):
+    return jitted(
+        q, k, v,
+        q_positions_BT=positions, kv_positions_BS=kw.pop("kv_positions", positions),
+        q_segments_BT=segments, kv_segments_BS=kw.pop("kv_segments", segments),
+        packed=packed, implementation=implementation, **kw,
+    )  # fmt: skip
+
+
+def float64(q, k, v, q_positions, kv_positions, q_segments, kv_segments):
+    """The mask rule and the softmax as loops over rows and heads, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, H, D = q.shape
+    group = H // k.shape[2]
+    out = np.zeros_like(q)
+    for b in range(B):
+        visible = np.asarray(
+            (q_segments[b][:, None] == kv_segments[b][None])
+            & (q_segments[b] != 0)[:, None]
+            & (kv_positions[b][None] <= q_positions[b][:, None])
+        )
+        for h in range(H):
+            scores = q[b, :, h] @ k[b, :, h // group].T / np.sqrt(D)
+            for t in range(T):
+                seen = np.flatnonzero(visible[t])
+                if seen.size:
+                    p = np.exp(scores[t, seen] - scores[t, seen].max())
+                    out[b, t, h] = p / p.sum() @ v[b, seen, h // group]
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="packed")
+def gradients(implementation, q, k, v, dout, positions, segments, packed=True):
+    def out(q, k, v):
+        return attend(q, k, v, positions, segments, implementation, packed=packed)
+
+    return jax.vjp(out, q, k, v)[1](dout)
+
+
+@pytest.mark.parametrize("T", [1, 43])
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_values_are_those_of_float64(implementation, T):
+    """Red when: visible_BTS compares `<` instead of `<=`, or drops the segment term."""
+    q, k, v, _ = qkv(T=T)
+    cut = max(T // 3, 1)
+    rows = packed_rows([cut, T - cut - T // 10], [T], T=T)
+    want = float64(q, k, v, rows[0], rows[0], rows[1], rows[1])
+    for packed in (True, False):
+        got = attend(q, k, v, *rows, implementation, packed=packed)
+        np.testing.assert_allclose(got, want, **F32)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_chunked_gradients_are_the_references(packed):
+    """Red when: _backward leaves out `- delta` or the scale on dq, or adds dk to one run only."""
+    q, k, v, dout = qkv(T=43)
+    rows = packed_rows([15, 20], [43], T=43)
+    want = gradients("reference", q, k, v, dout, *rows, packed=packed)
+    got = gradients("chunked", q, k, v, dout, *rows, packed=packed)
+    for name, a, b in zip("qkv", got, want):
+        np.testing.assert_allclose(a, b, err_msg=f"d{name}", **F32)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_gradients_are_those_of_float64(implementation):
+    """Red when: a stop_gradient lands on the scores. Central differences of the loop above."""
+    q, k, v, dout = qkv(B=1, T=6, H=2, K=1, D=4)
+    positions, segments = packed_rows([2, 3], T=6)
+    got = gradients(implementation, q, k, v, dout, positions, segments)
+    step = 1e-6
+    for which, gradient in enumerate(got):
+        inputs = [np.asarray(x, np.float64) for x in (q, k, v)]
+        for i in np.ndindex(inputs[which].shape):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.copy() for x in inputs]
+                moved[which][i] += sign * step
+                out = float64(*moved, positions, positions, segments, segments)
+                ends.append(np.sum(out * np.asarray(dout, np.float64)))
+            want = (ends[0] - ends[1]) / (2 * step)
+            np.testing.assert_allclose(gradient[i], want, **F32)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_causality_by_gradient(implementation):
+    """Red when: `not_later` is dropped from visible_BTS, or a run sees keys past its end."""
+    q, k, v, dout = qkv(B=1, T=43)
+    rows = packed_rows([43], T=43)
+    for t in (0, 7, 8, 30, 42):
+        only_t = dout.at[:, :t].set(0).at[:, t + 1 :].set(0)
+        for gradient in gradients(implementation, q, k, v, only_t, *rows)[1:]:
+            assert not np.any(gradient[:, t + 1 :])
+            # One visible key has probability 1 whatever its score.
+            assert t == 0 or np.all(np.any(gradient[:, : t + 1], axis=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_packed_documents_equal_separate_rows(implementation):
+    """Red when: `same_segment` is dropped from visible_BTS."""
+    lengths = [12, 12, 12]
+    q, k, v, _ = qkv(B=1, T=40)
+    packed = attend(q, k, v, *packed_rows(lengths, T=40), implementation)
+    start = 0
+    for length in lengths:
+        alone = [x[:, start : start + length] for x in (q, k, v)]
+        out = attend(*alone, *packed_rows([length], T=length), implementation)
+        np.testing.assert_allclose(packed[:, start : start + length], out, **F32)
+        start += length
+    assert not np.any(packed[:, start:])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_rows_that_see_nothing_give_zero(implementation, size, packed):
+    """Red when: the `empty` guard goes (0 / 0), or lse of an empty row is 0 instead of +inf."""
+    q, k, v, dout = qkv(B=2, T=40, D=4)
+    q, k = jnp.ones_like(q), jnp.full_like(k, size / 2)  # scores D * size / 2 / sqrt(D) = size
+    rows = packed_rows([10, 20], [], T=40)
+    out = attend(q, k, v, *rows, implementation, packed=packed)
+    dq, dk, dv = gradients(implementation, q, k, v, dout, *rows, packed=packed)
+    for x in (out, dq, dk, dv):
+        assert np.all(np.isfinite(x))
+        assert not np.any(x[0, 30:])
+        assert not np.any(x[1])
+    assert np.any(dv[0, :30])
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_each_query_head_reads_its_own_kv_head(implementation):
+    """Red when: heads are read as [G, K] instead of [K, G]."""
+    q, k, v, _ = qkv(H=6, K=3)
+    rows = packed_rows([40], [40], T=40)
+    out = attend(q, k, v, *rows, implementation)
+    k2, v2 = (x.at[:, :, 1].set(x[:, :, 2]).at[:, :, 2].set(x[:, :, 1]) for x in (k, v))
+    q2 = q[:, :, [0, 1, 4, 5, 2, 3]]
+    swapped = attend(q2, k2, v2, *rows, implementation)
+    np.testing.assert_allclose(swapped[:, :, [0, 1, 4, 5, 2, 3]], out, **F32)
+    repeated = attend(q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2), *rows, implementation)
+    np.testing.assert_allclose(repeated, out, **F32)
+
+
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_decoding_against_a_cache(implementation, T):
+    """Red when: packed=False uses the index instead of the position, or reads free slots."""
+    q, k, v, _ = qkv(T=T, S=50)
+    lengths = np.array([20, 33])
+    slots = np.arange(50)
+    # The cache is a ring: slot 40 holds position 0. Slots beyond the length are free.
+    kv_positions = np.broadcast_to((slots - 40) % 50, (2, 50)).astype(np.int32)
+    kv_segments = (kv_positions < lengths[:, None]).astype(np.int32)
+    positions = (lengths[:, None] - T + np.arange(T)).astype(np.int32)
+    segments = np.ones((2, T), np.int32)
+    want = float64(q, k, v, positions, kv_positions, segments, kv_segments)
+    got = attend(
+        q, k, v, jnp.array(positions), jnp.array(segments), implementation, packed=False,
+        kv_positions=jnp.array(kv_positions), kv_segments=jnp.array(kv_segments),
+    )  # fmt: skip
+    np.testing.assert_allclose(got, want, **F32)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_bf16_in_bf16_out(implementation):
+    """Red when: the softmax's sum runs in bf16, or the output is left in f32."""
+    q, k, v, dout = qkv(T=43, dtype=jnp.bfloat16)
+    rows = packed_rows([20, 15], [43], T=43)
+    out = attend(q, k, v, *rows, implementation)
+    assert out.dtype == jnp.bfloat16
+    want = float64(*(x.astype(jnp.float32) for x in (q, k, v)), rows[0], rows[0], rows[1], rows[1])
+    np.testing.assert_allclose(out.astype(np.float32), want, **BF16)
+    up = [x.astype(jnp.float32) for x in (q, k, v, dout)]
+    for a, b in zip(
+        gradients(implementation, q, k, v, dout, *rows), gradients("reference", *up, *rows)
+    ):
+        assert a.dtype == jnp.bfloat16
+        error = np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b)
+        assert error < BF16["rtol"]
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_under_scan_checkpoint_and_shard_map(implementation):
+    """Red when: the accumulators of dk and dv lose the varying axes of k and v."""
+    q, k, v, _ = qkv(B=2, T=43)
+    rows = packed_rows([43], [20, 12], T=43)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    spec = jax.P("data")
+
+    def stacked(q, k, v, positions, segments):
+        @jax.checkpoint
+        def layer(x, _):
+            return x + attend(x, k, v, positions, segments, implementation), None
+
+        return jax.lax.scan(layer, q, length=2)[0]
+
+    local = jax.shard_map(stacked, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec)
+
+    def gradient(f):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x, *rows) ** 2), (0, 1, 2)))(q, k, v)
+
+    for a, b in zip(gradient(local), gradient(stacked)):
+        np.testing.assert_allclose(a, b, **F32)
+
+
+def test_chunked_memory_is_linear_in_the_length(monkeypatch):
+    """Red when: QUERY_BLOCK grows with T, or a backward pass saves probabilities."""
+
+    monkeypatch.setattr(chunked, "QUERY_BLOCK", 128)
+    monkeypatch.setattr(chunked, "PREFIXES", 8)
+
+    def temporary_bytes(T):
+        shapes = [jax.ShapeDtypeStruct((1, T, h, 8), jnp.float32) for h in (4, 2, 2)]
+        row = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+        def loss(q, k, v, positions, segments):
+            return attend(q, k, v, positions, segments, "chunked").sum()
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, row, row).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one, two = temporary_bytes(2048), temporary_bytes(4096)
+    assert two < 2.5 * one  # quadratic would be 4
+    assert two < 4 * 4096 * 4096 * 4 / 4  # a quarter of one f32 score matrix of all heads
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "auto"}, "'auto' is unknown"),
+        ({"implementation": "cudnn"}, "needs an NVIDIA GPU, the backend is 'cpu'"),
+        ({"packed": True, "T": 3}, "T=3, S=40: pass packed=False"),
+        ({"H": 5}, "heads=5 must be a multiple of kv_heads=2"),
+        ({"segments": jnp.ones((2, 7), jnp.int32)}, "q_segments_BT is int32"),
+        ({"k_dtype": jnp.bfloat16}, "share a dtype"),
+        ({"k_batch": 3}, "agree in batch and head_dim"),
+    ],
+)
+def test_errors_name_the_value_and_the_fix(change, message):
+    """Red when: a check is removed from api._check or cudnn._check."""
+    T = change.get("T", 40)
+    q, k, v, _ = qkv(T=T, S=40, H=change.get("H", 6))
+    if "k_batch" in change:
+        k, v = (jnp.concatenate([x, x[:1]]) for x in (k, v))
+    positions, segments = packed_rows([T], [T], T=T)
+    with pytest.raises(ValueError, match=message):
+        attend(
+            q, k.astype(change.get("k_dtype", k.dtype)), v,
+            positions, change.get("segments", segments),
+            change.get("implementation", "chunked"), change.get("packed", True),
+            kv_positions=jnp.zeros((2, 40), jnp.int32), kv_segments=jnp.ones((2, 40), jnp.int32),
+        )  # fmt: skip

@@ -1,0 +1,204 @@
+"""Cross-entropy kernels: values and gradients against float64, chunks, memory, errors.
+
+Axis key: B batch, T length, E embed, V vocab.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lemur_kernels.cross_entropy import cross_entropy
+
+IMPLEMENTATIONS = ("reference", "chunked")
+# f32 sums of some 100 terms of order one, in another order than float64's.
+F32 = {"rtol": 2e-5, "atol": 2e-5}
+# bf16 keeps 8 bits, and dlogits are rounded to it before the two products.
+BF16 = 2e-2
+B, T, E, V = 3, 50, 32, 100
+VALID = 90
+
+
+def inputs(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (B, T, E), dtype)
+    w = jax.random.normal(keys[1], (E, V), dtype) / 4
+    targets = jax.random.randint(keys[2], (B, T), 0, VALID)
+    weights = jnp.round(2 * jax.random.uniform(keys[3], (B, T)), 1)
+    return x, w, targets, weights
+
+
+def float64(x, w, targets, weights, z_loss, valid, g_z=1.0):
+    """Values, and the gradient of loss + g_z * z_loss, from whole logits in float64."""
+    x, w, weights = (np.asarray(a, np.float64) for a in (x, w, weights))
+    targets = np.asarray(targets)
+    logits = x @ w
+    logits[..., valid:] = -np.inf
+    top = logits.max(-1)
+    log_z = top + np.log(np.exp(logits - top[..., None]).sum(-1))
+    nll = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    p = np.exp(logits - log_z[..., None])
+    one_hot = np.eye(w.shape[1])[targets]
+    dlogits = p * (1 + 2 * g_z * z_loss * log_z)[..., None] - one_hot
+    dlogits *= weights[..., None]
+    values = (weights * nll).sum(), (weights * z_loss * log_z**2).sum(), nll
+    return values, (dlogits @ w.T, np.einsum("bte,btv->ev", x, dlogits))
+
+
+def call(implementation, z_loss=0.0, chunk_tokens=16, valid=VALID):
+    return functools.partial(
+        cross_entropy,
+        z_loss=z_loss,
+        chunk_tokens=chunk_tokens,
+        valid_vocab=valid,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 16, 999])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_gradients_are_those_of_float64(implementation, z_loss, chunk_tokens):
+    """Red when: padding columns are not masked, weights are dropped, or dw is not accumulated."""
+    if implementation == "reference" and chunk_tokens != 16:
+        pytest.skip("the reference has no chunks")
+    args = inputs()
+    f = call(implementation, z_loss, chunk_tokens)
+    values, gradients = float64(*args, z_loss, VALID)
+    got = jax.jit(f)(*args)
+    for a, b in zip(got, values):
+        np.testing.assert_allclose(a, b, **F32)
+
+    def total(x, w):
+        out = f(x, w, *args[2:])
+        return out.loss + out.z_loss, out
+
+    (_, again), got = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True))(*args[:2])
+    for a, b in zip(again, values):
+        np.testing.assert_allclose(a, b, **F32)
+    for a, b in zip(got, gradients):
+        np.testing.assert_allclose(a, b, **F32)
+    assert not np.any(got[1][:, VALID:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_loss_and_z_loss_may_be_weighed_apart(implementation):
+    """Red when: _backward scales the saved gradient by g_loss though g_z differs."""
+    args = inputs()
+
+    def total(x, w):
+        out = call(implementation, 1e-2)(x, w, *args[2:])
+        return out.loss / 7 + out.z_loss * 3 / 7
+
+    _, want = float64(*args, 1e-2, VALID, g_z=3.0)
+    for a, b in zip(jax.jit(jax.grad(total, (0, 1)))(*args[:2]), want):
+        np.testing.assert_allclose(7 * a, b, **F32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weight_zero_hides_a_token(implementation):
+    """Red when: dlogits are not multiplied by the weights."""
+    x, w, targets, weights = inputs()
+    weights = weights.at[1].set(0)
+
+    def loss(x, targets):
+        return call(implementation)(x, w, targets, weights).loss
+
+    gradient = jax.grad(loss)(x, targets)
+    assert not np.any(gradient[1])
+    assert np.any(gradient[0])
+    assert loss(x, targets) == loss(x.at[1].set(5.0), targets.at[1].set(0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_gradient_to_weights_or_through_nll(implementation):
+    """Red when: the stop_gradient on weights or on nll goes."""
+    x, w, targets, weights = inputs()
+    f = call(implementation)
+    assert not np.any(jax.grad(lambda a: f(x, w, targets, a).loss)(weights))
+    assert not np.any(jax.grad(lambda a: f(a, w, targets, weights).nll_BT.sum())(x))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_huge_logits_stay_finite(implementation):
+    """Red when: log-sum-exp is taken without the maximum."""
+    x, w, targets, weights = inputs()
+
+    def loss(x, w):
+        return call(implementation)(x * 1e3, w, targets, weights).loss
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(x, w)
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(g)) for g in gradients)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bf16_in_f32_out(implementation):
+    """Red when: the product or the softmax runs in bf16 (the loss then has 2 digits)."""
+    args = inputs(jnp.bfloat16)
+    values, gradients = float64(*(a.astype(jnp.float32) for a in args[:2]), *args[2:], 0.0, VALID)
+    f = call(implementation)
+    out = f(*args)
+    assert out.loss.dtype == out.nll_BT.dtype == jnp.float32
+    np.testing.assert_allclose(out.loss, values[0], **F32)
+    got = jax.grad(lambda x, w: f(x, w, *args[2:]).loss, (0, 1))(*args[:2])
+    for a, b in zip(got, gradients):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b) < BF16
+
+
+def test_chunked_under_shard_map():
+    """Red when: dw's accumulator loses the varying axes, or dw is not summed over devices."""
+    args = inputs()
+    mesh = jax.sharding.Mesh(jax.devices()[:B], ("data",))
+    rows = jax.P("data")
+
+    def local(x, w, targets, weights):
+        return jax.lax.psum(call("chunked", 1e-2)(x, w, targets, weights).loss, "data")
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, jax.P(), rows, rows), out_specs=jax.P()
+    )
+    got = jax.jit(jax.grad(mapped, (0, 1)))(*args)
+    want = jax.grad(lambda *a: call("reference", 1e-2)(*a).loss, (0, 1))(*args)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, **F32)
+
+
+def test_full_logits_never_exist():
+    """Red when: a scan stacks logits, or chunk_tokens is ignored."""
+
+    def temporary_bytes(T):
+        x = jax.ShapeDtypeStruct((2, T, 16), jnp.float32)
+        w = jax.ShapeDtypeStruct((16, 1024), jnp.float32)
+        row = jax.ShapeDtypeStruct((2, T), jnp.int32)
+
+        def loss(x, w, targets, weights):
+            return call("chunked", chunk_tokens=64, valid=None)(x, w, targets, weights).loss
+
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w, row, row).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4096) < 2 * 4096 * 1024 * 4 / 4  # a quarter of the f32 logits
+    assert temporary_bytes(4096) < 2.5 * temporary_bytes(2048)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "auto"}, "'auto' is unknown"),
+        ({"valid": 101}, "valid_vocab=101 must be in 1..100"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0 must be at least 1"),
+        ({"w": jnp.zeros((7, V))}, r"x \[B,T,E\] and w \[E,V\]"),
+        ({"w": jnp.zeros((E, V), jnp.bfloat16)}, "share a dtype"),
+        ({"targets": jnp.zeros((B, 2), jnp.int32)}, "targets_BT has shape"),
+        ({"targets": jnp.zeros((B, T))}, "targets_BT is float32; pass integers"),
+    ],
+)
+def test_errors_name_the_value_and_the_fix(change, message):
+    """Red when: a check is removed from api.cross_entropy."""
+    x, w, targets, weights = inputs()
+    w, targets = change.pop("w", w), change.pop("targets", targets)
+    with pytest.raises(ValueError, match=message):
+        call(**({"implementation": "chunked"} | change))(x, w, targets, weights)
