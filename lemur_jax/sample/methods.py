@@ -114,7 +114,7 @@ class TopK:
                 return jnp.sum(codes >= threshold, -1, keepdims=True) >= k
 
             kth, _ = _bisect(enough, codes)
-            return jnp.where((logits >= _from_ordered(kth)) | (k <= 0), logits, -jnp.inf)
+            return jnp.where((codes >= kth) | (k <= 0), logits, -jnp.inf)
 
         return jax.lax.cond(jnp.any(k > 0), apply, lambda logits: logits, logits_BV)
 
@@ -140,7 +140,7 @@ class TopP:
                 return jnp.sum(mass_BV, -1, keepdims=True, where=codes > threshold) >= p
 
             _, lowest = _bisect(too_low, codes)
-            return jnp.where((logits >= _from_ordered(lowest)) | (p >= 1), logits, -jnp.inf)
+            return jnp.where((codes >= lowest) | (p >= 1), logits, -jnp.inf)
 
         return jax.lax.cond(jnp.any(p < 1), apply, lambda logits: logits, logits_BV)
 
@@ -320,14 +320,9 @@ def _categorical(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """float32 -> int32 with the same order, -inf included (IEEE 754 bits, negatives flipped)."""
+    """float32 -> int32 with the same order and ties: IEEE 754 bits, negatives flipped, one zero."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _from_ordered(code: jax.Array) -> jax.Array:
-    """The float32 of a code; the map is its own inverse."""
-    return jax.lax.bitcast_convert_type(jnp.where(code < 0, code ^ 0x7FFFFFFF, code), jnp.float32)
+    return jnp.where(x == 0, 0, jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
 def _bisect(holds, codes_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -88,10 +88,20 @@ def _kinds(request: Request) -> list[str]:
         problems.append(f"stop={request.stop!r} must be a list of strings, none of them empty")
     if not isinstance(request.stop_ids, tuple) or not all(map(_is_int, request.stop_ids)):
         problems.append(f"stop_ids={request.stop_ids!r} must be a list of token ids")
+    texts = [("prompt", prompt)] if isinstance(prompt, str) else []
+    texts += [("stop", text) for text in request.stop] if isinstance(request.stop, tuple) else []
+    for field, text in texts:
+        if isinstance(text, str) and not text.isascii() and not _is_unicode(text):
+            problems.append(f"{field}={text!r} holds half of a surrogate pair: not a character")
     for field in ("ignore_eos", "logprobs"):
         if not isinstance(getattr(request, field), bool):
             problems.append(f"{field}={getattr(request, field)!r} must be true or false")
     return problems
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether every code point is a character: JSON can spell "\\ud800" alone."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,9 @@ from lemur_jax.sample.stop import RowText, TextStream
 
 # Most tokens of a chunk: how long a batch runs on after its last row has met a stop string.
 CHUNK = 32
+# Models pad their vocabulary: Phi-2 has 905 rows more than its tokenizer has tokens. Above this it
+# is another model's tokenizer.
+MOST_UNNAMED_ROWS = 1024
 # Tokens of a chunk while streaming: what a reader sees arrive together.
 STREAM_CHUNK = 4
 
@@ -64,6 +67,7 @@ class Sampler:
     Attributes:
       model: decoder with unstacked layers, in the dtype that it computes in.
       tokenizer: text to ids and back.
+      stop_ids: tokens that end every text, unless a request ignores EOS.
       compilations: how often each program was compiled: ("prefill", batch, prompt bucket),
         ("lengthen", batch, prompt bucket, cache bucket), ("decode", batch, cache bucket) -> count.
     """
@@ -74,6 +78,7 @@ class Sampler:
         tokenizer: Tokenizer,
         *,
         dtype: str | None = None,
+        stop_ids: Sequence[int] = (),
         batches: Sequence[int] = buckets.BATCHES,
     ):
         """Takes a model in memory; `Sampler.load` reads one from a path.
@@ -82,17 +87,19 @@ class Sampler:
           model: layers stacked or not; not changed.
           tokenizer: its vocabulary must fit the model's.
           dtype: to compute in; `model.config.dtype` when None.
+          stop_ids: tokens that end every text, besides the tokenizer's EOS.
           batches: batch sizes that may be compiled, ascending.
 
         Raises:
-          ConfigError: the tokenizer has ids that the model has no rows for, or batches are not
-            ascending positive integers.
+          ConfigError: the tokenizer does not fit the model, or batches are not ascending positive
+            integers.
         """
         self.batches = tuple(batches)
         if not self.batches or list(self.batches) != sorted({max(1, b) for b in self.batches}):
             raise ConfigError([f"batches={self.batches} must be ascending positive integers"])
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = weights.for_sampling(model, dtype), tokenizer
+        self.stop_ids = tuple(i for i in (tokenizer.eos_id, *stop_ids) if i is not None)
         self.compilations: collections.Counter[tuple] = collections.Counter()
         # Flattening the module at every call costs more than a small model's decode step.
         self._weights, structure = jax.tree.flatten(self.model)
@@ -110,12 +117,13 @@ class Sampler:
           **options: of `Sampler`.
 
         Raises:
-          ConfigError: the path holds no model, or its tokenizer does not match it.
+          ConfigError: the tokenizer is missing or does not match the model.
+          ConversionError, CheckpointError: the path holds no model, or a damaged one.
         """
-        from lemur_jax.sample.load import load_model  # checkpoints and converters load late
+        from lemur_jax.sample.load import load  # checkpoints and converters load late
 
-        model, tokenizer = load_model(path, dtype)
-        return cls(model, tokenizer, **options)
+        found = load(path)
+        return cls(found.model, found.tokenizer, dtype=dtype, stop_ids=found.stop_ids, **options)
 
     # -----------------------------------------------------------------------------------------
     # Programs. Their Python bodies run once for each compilation, which is what is counted.
@@ -185,8 +193,8 @@ class Sampler:
                     f"max_new_tokens={request.max_new_tokens} was cut to {limit}: the prompt has "
                     f"{len(prompt)} tokens and the model's context (max_positions) is {context}"
                 )
-            eos = [] if request.ignore_eos else [self.tokenizer.eos_id]
-            stop_ids = tuple(i for i in (*eos, *request.stop_ids) if i is not None)
+            eos = () if request.ignore_eos else self.stop_ids
+            stop_ids = tuple(dict.fromkeys((*eos, *request.stop_ids)))
             lengths = buckets.lengths_of(len(prompt), limit, context)
             rows += [
                 (lengths, _Row(request, index, sample, prompt, limit, stop_ids, note))
@@ -234,7 +242,7 @@ class Sampler:
         state, drawn = self._prefill(self._weights, tokens_BP, lengths_B, rows, want_logprobs)
         if lengths.cache > lengths.prompt:
             state = self._lengthen(state, slots=lengths.cache)
-        progress = [_Progress(row, self.tokenizer.stream(after=row.prompt)) for row in group]
+        progress = [_Progress(row, self.tokenizer) for row in group]
         left = max(row.limit for row in group) - 1
         while True:
             # The next chunk is dispatched before this one's tokens are waited for.
@@ -260,10 +268,13 @@ class Sampler:
 class _Progress:
     """Text of a row so far."""
 
-    def __init__(self, row: _Row, stream: TextStream):
+    def __init__(self, row: _Row, tokenizer: Tokenizer):
         self.row = row
         self.finished = False
-        self._text = RowText(stream, row.request.stop)
+        # What follows a text keeps its first space: the stream must know that it is a continuation.
+        after = [index for index in row.prompt if index < tokenizer.vocab_size]
+        stream = tokenizer.stream(after=after)
+        self._text = RowText(stream, row.request.stop, tokenizer.vocab_size)
         self._logprobs: list[float] = []
 
     def take(self, tokens: np.ndarray, logprobs: np.ndarray, done: bool) -> Iterator[Piece]:
@@ -342,13 +353,21 @@ def _numbers(request: Request) -> dict[str, float]:
 
 
 def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError when the tokenizer makes ids that the model has no rows for."""
+    """Raises ConfigError when the tokenizer cannot be the model's."""
     have, need = model.config.vocab_size, tokenizer.vocab_size
+    fix = "use the tokenizer that the model was trained with"
     if need > have:
         raise ConfigError(
             [
                 f"tokenizer.vocab_size={need} is larger than the model's vocab_size={have}: ids "
-                f"{have} to {need - 1} have no embedding; use the tokenizer that the model was "
-                "trained with, or add the tokens to the model (lemur convert --add_tokens)"
+                f"{have} to {need - 1} have no embedding; {fix}, or add the tokens to the model "
+                "(lemur convert --add_tokens)"
+            ]
+        )
+    if have - need > MOST_UNNAMED_ROWS:
+        raise ConfigError(
+            [
+                f"tokenizer.vocab_size={need} is much smaller than the model's vocab_size={have}: "
+                f"{have - need} rows would have no token; {fix}"
             ]
         )

@@ -67,15 +67,16 @@ class StopStrings:
 
 
 class RowText:
-    """The text of one row as its ids arrive.
+    """The text of one row as its ids arrive. Ids that the tokenizer does not name make no text.
 
     Attributes:
       ids: ids taken so far, the one that completed a stop string included.
       text: everything returned so far, joined.
     """
 
-    def __init__(self, stream: TextStream, stop: Sequence[str]):
+    def __init__(self, stream: TextStream, stop: Sequence[str], vocab_size: int):
         self._stream = stream
+        self._vocab_size = vocab_size
         self._stop = StopStrings(stop)
         self.ids: list[int] = []
         self.text = ""
@@ -88,7 +89,8 @@ class RowText:
     def push(self, index: int) -> str:
         """The text that this id makes safe to show."""
         self.ids.append(index)
-        return self._show(self._stop.push(self._stream.push(index)))
+        piece = self._stream.push(index) if index < self._vocab_size else ""
+        return self._show(self._stop.push(piece))
 
     def finish(self) -> str:
         """The rest: unfinished characters as U+FFFD, and what might have become a stop string."""
