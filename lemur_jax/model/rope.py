@@ -23,13 +23,16 @@ def frequencies(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
       [D/2] float32 radians per position (for `dynamic`: those up to the trained length), scale.
     """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    inverse = (np.float32(1.0) / np.float32(config.theta) ** exponent).astype(np.float32)
+    # Rounded once, from float64: that is torch's float32 power in all but one pair of 200. numpy's
+    # differs in one of six by a unit in the last place, 2e-4 of a logit at position 4096.
+    power = (config.theta ** exponent.astype(np.float64)).astype(np.float32)
+    inverse = np.float32(1.0) / power
     if config.kind == "linear":
         return inverse / np.float32(config.factor), 1.0
     if config.kind == "llama3":
         return _llama3(config, inverse), 1.0
     if config.kind == "yarn":
-        return _yarn(config, inverse, head_dim), _yarn_scale(config)
+        return _yarn(config, power, head_dim), _yarn_scale(config)
     return inverse, 1.0
 
 
@@ -38,15 +41,17 @@ def _llama3(config: RopeConfig, inverse: np.ndarray) -> np.ndarray:
     low, high = np.float32(config.low_freq_factor), np.float32(config.high_freq_factor)
     trained = np.float32(config.original_max_positions)
     factor = np.float32(config.factor)
-    wavelength = np.float32(2 * math.pi) / inverse
-    smooth = (trained / wavelength - low) / (high - low)
+    one = np.float32(1.0)
+    # torch divides a number by a tensor as reciprocal times number, which rounds twice.
+    wavelength = one / inverse * np.float32(2 * math.pi)
+    smooth = (one / wavelength * trained - low) / (high - low)
     blended = (1 - smooth) * inverse / factor + smooth * inverse
     slowed = np.where(wavelength > trained / low, inverse / factor, inverse)
     in_band = (wavelength >= trained / high) & (wavelength <= trained / low)
     return np.where(in_band, blended, slowed).astype(np.float32)
 
 
-def _yarn(config: RopeConfig, inverse: np.ndarray, head_dim: int) -> np.ndarray:
+def _yarn(config: RopeConfig, power: np.ndarray, head_dim: int) -> np.ndarray:
     """YaRN (arXiv:2309.00071 section 3.2): blend by how often a pair turns within the length."""
 
     def dimension(rotations: float) -> float:
@@ -61,7 +66,9 @@ def _yarn(config: RopeConfig, inverse: np.ndarray, head_dim: int) -> np.ndarray:
         high += 0.001  # the ramp must have a width
     ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     kept = (1 - ramp).astype(np.float32)
-    return (inverse / np.float32(config.factor) * (1 - kept) + inverse * kept).astype(np.float32)
+    one = np.float32(1.0)
+    slowed = one / (np.float32(config.factor) * power)
+    return (slowed * (one - kept) + one / power * kept).astype(np.float32)
 
 
 def _yarn_scale(config: RopeConfig) -> float:

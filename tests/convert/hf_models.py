@@ -55,31 +55,37 @@ def random_tokens(vocab_size, batch, length, seed=0):
     return np.random.default_rng(seed).integers(0, vocab_size, (batch, length), dtype=np.int32)
 
 
-def their_logits(model, tokens):
+def their_logits(model, tokens, start=0):
+    positions = torch.arange(start, start + tokens.shape[1])[None]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
-        return model(torch.from_numpy(tokens.astype(np.int64)), use_cache=False).logits.numpy()
+        return model(tokens, position_ids=positions, use_cache=False).logits.numpy()
 
 
-def our_logits(path, tokens, attention="reference"):
-    """Float32 logits [B,T,padded V] of the HF directory `path`, whatever its stored dtype."""
+def load_float32(path, attention):
+    """The HF directory `path` as a float32 Decoder, whatever its stored dtype."""
     config = config_from_hf(json.loads((path / "config.json").read_text()))
     config = dataclasses.replace(
         config, dtype="float32", param_dtype="float32", attention=attention
     )
-    model, _ = load_model(path, config=config)
-    return decoder_logits(model, tokens)
+    return load_model(path, config=config)
 
 
-def decoder_logits(model, tokens):
-    """Logits [B,T,padded V] of a Decoder; every row is one document."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+def our_logits(path, tokens, attention="reference"):
+    """Float32 logits [B,T,padded V] of the HF directory `path`."""
+    return decoder_logits(load_float32(path, attention)[0], tokens)
 
-    @jax.jit
-    def forward(model, tokens, positions):
-        return model(tokens, positions, jnp.ones_like(tokens))[0]
 
+@jax.jit
+def _forward(model, tokens, positions):
+    return model(tokens, positions, jnp.ones_like(tokens))[0]
+
+
+def decoder_logits(model, tokens, start=0):
+    """Logits [B,T,padded V] of a Decoder; every row is one document that begins at `start`."""
+    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     with jax.default_matmul_precision("float32"):
-        return np.asarray(forward(model, jnp.asarray(tokens), positions))
+        return np.asarray(_forward(model, jnp.asarray(tokens), positions))
 
 
 def edit_json(path, change):

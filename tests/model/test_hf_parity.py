@@ -8,8 +8,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 import hf_models  # skips this file where torch or transformers is missing
+from transformers.models.llama import modeling_llama
 
-# The promise to users; measured differences are below 1e-5, most of it torch's and XLA's different
+from lemur_jax.convert.hf_config import config_from_hf
+from lemur_jax.model import rope
+
+# The promise to users; measured differences are below 2e-5, most of it torch's and XLA's different
 # order of summation.
 TOLERANCE = 1e-4
 
@@ -85,6 +89,42 @@ def test_logits_equal_transformers(tmp_path, name, attention, record_property):
     assert np.abs(theirs).max() > 1, "logits so small that the tolerance means nothing"
     assert worst <= TOLERANCE
     assert np.all(np.isneginf(ours[..., vocab:]))
+
+
+FAR = {
+    "theta 1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama3": {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "max_position_embeddings": 131072},
+    "yarn": {"rope_parameters": YARN | {"factor": 3.0}},
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_logits_equal_transformers_at_far_positions(tmp_path, name):
+    """Red when `frequencies` takes numpy's float32 power: a unit in the last place of a frequency
+    is 4e-3 radians at position 32768."""
+    model = hf_models.make(tmp_path / "hf", head_dim=128, **FAR[name])
+    tokens = hf_models.random_tokens(128, 1, 24)
+    ours, _ = hf_models.load_float32(tmp_path / "hf", "reference")
+    for start in (4096, 32768, 100_000):
+        theirs = hf_models.their_logits(model, tokens, start)
+        found = hf_models.decoder_logits(ours, tokens, start)
+        assert np.abs(found - theirs).max() <= TOLERANCE, start
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("name", ["theta 1e6", "linear", "llama3", "yarn", "yarn not truncated"])
+def test_frequencies_are_those_of_transformers(name, head_dim):
+    """Red when the order of operations in `_llama3` or `_yarn` is not torch's. torch's power is
+    not correctly rounded in one pair of 200, which nobody else can copy."""
+    overrides = {"hidden_size": 4 * head_dim, "head_dim": head_dim} | CONFIGS[name]
+    overrides["head_dim"] = head_dim
+    theirs = hf_models.transformers.LlamaConfig(**(hf_models.TINY | overrides))
+    rotary = modeling_llama.LlamaRotaryEmbedding(theirs)
+    ours, scale = rope.frequencies(config_from_hf(theirs.to_dict()).rope, head_dim)
+    assert scale == rotary.attention_scaling
+    different = ours != rotary.inv_freq.numpy()
+    assert different.sum() <= 1
+    assert np.allclose(ours, rotary.inv_freq.numpy(), rtol=2.5e-7, atol=0)
 
 
 def test_parity_notices_a_wrong_theta(tmp_path):
