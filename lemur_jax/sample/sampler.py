@@ -99,7 +99,8 @@ class Sampler:
             raise ConfigError([f"batches={self.batches} must be ascending positive integers"])
         check_vocabulary(model, tokenizer)
         self.model, self.tokenizer = weights.for_sampling(model, dtype), tokenizer
-        self.stop_ids = tuple(i for i in (tokenizer.eos_id, *stop_ids) if i is not None)
+        ends = (tokenizer.eos_id, *stop_ids)
+        self.stop_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
         self.compilations: collections.Counter[tuple] = collections.Counter()
         # Flattening the module at every call costs more than a small model's decode step.
         self._weights, structure = jax.tree.flatten(self.model)

@@ -39,6 +39,7 @@ def config(**changes):
             "dtype": "float32",
             # Random logits of 0.02-weights are all alike; these have clear favourites.
             "initializer_range": 0.3,
+            "attention": "reference",
             **changes,
         }
     )

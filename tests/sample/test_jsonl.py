@@ -19,10 +19,10 @@ def source(tmp_path):
     return _write(
         tmp_path / "in.jsonl",
         [
-            json.dumps({"prompt": "a much longer prompt than it was", "max_new_tokens": 9}),
+            json.dumps({"prompt": "a much longer prompt", "max_new_tokens": 21}),
             json.dumps({"prompt": "b", "temperature": 1.0, "n": 2, "seed": 3}),
             "",
-            json.dumps({"prompt": [1, 5, 6], "max_new_tokens": 4}),
+            json.dumps({"prompt": [1, 5, 6], "max_new_tokens": 18}),
             json.dumps({"prompt": "\u2028é", "stop": ["k"]}),
         ],
     )
@@ -31,23 +31,23 @@ def source(tmp_path):
 def test_same_order_and_same_answers(sampler, source, tmp_path):
     """Red if rows are written in the order of their buckets, or defaults override a line."""
     out = tmp_path / "out.jsonl"
-    done = batch.sample_file(sampler, source, out, {"max_new_tokens": 7})
+    done = batch.sample_file(sampler, source, out, {"max_new_tokens": 20})
     answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert [answer["line"] for answer in answers] == [1, 2, 4, 5]
     assert [len(answer["completions"]) for answer in answers] == [1, 2, 1, 1]
     assert (done.kept, done.sampled) == (0, 4)
     assert done.new_tokens == sum(len(c["ids"]) for a in answers for c in a["completions"])
-    request = Request(prompt="b", temperature=1.0, n=2, seed=3, max_new_tokens=7)
+    request = Request(prompt="b", temperature=1.0, n=2, seed=3, max_new_tokens=20)
     want = [list(completion.ids) for completion in sampler.generate([request])]
     assert [completion["ids"] for completion in answers[1]["completions"]] == want
-    assert len(answers[0]["completions"][0]["ids"]) == 9
+    assert len(answers[0]["completions"][0]["ids"]) == 21
 
 
 @pytest.mark.parametrize("cut", [1, 60, None])
 def test_resume_gives_the_same_file(sampler, source, tmp_path, monkeypatch, cut):
     """Red if a half-written line is kept, or lines that are there are sampled again."""
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    batch.sample_file(sampler, source, whole, {"max_new_tokens": 7})
+    batch.sample_file(sampler, source, whole, {"max_new_tokens": 20})
     lines = whole.read_bytes().splitlines(keepends=True)
     # Two whole lines, and none, some or all but the line end of the third.
     out.write_bytes(b"".join(lines[:2]) + (lines[2][:cut] if cut else lines[2][:-1]))
@@ -56,7 +56,7 @@ def test_resume_gives_the_same_file(sampler, source, tmp_path, monkeypatch, cut)
     monkeypatch.setattr(
         type(sampler), "generate", lambda self, rs: asked.extend(rs) or generate(self, rs)
     )
-    done = batch.sample_file(sampler, source, out, {"max_new_tokens": 7})
+    done = batch.sample_file(sampler, source, out, {"max_new_tokens": 20})
     assert out.read_bytes() == whole.read_bytes()
     assert (done.kept, done.sampled, len(asked)) == (2, 2, 2)
 
@@ -64,7 +64,7 @@ def test_resume_gives_the_same_file(sampler, source, tmp_path, monkeypatch, cut)
 def test_resume_refuses_other_requests(sampler, source, tmp_path):
     """Red if the digest leaves out the settings."""
     out = tmp_path / "out.jsonl"
-    batch.sample_file(sampler, source, out, {"max_new_tokens": 7})
+    batch.sample_file(sampler, source, out, {"max_new_tokens": 20})
     before = out.read_bytes()
     with pytest.raises(ConfigError, match="line 2 was not made from this input"):
         batch.sample_file(sampler, source, out, {"max_new_tokens": 8})
@@ -106,12 +106,11 @@ def test_long_prompts_are_named_by_line(sampler, tmp_path):
 def test_windows_keep_the_order(sampler, tmp_path, monkeypatch):
     """Red if a window's answers are written before an earlier window's."""
     monkeypatch.setattr(batch, "BATCHES_PER_WRITE", 1)
-    monkeypatch.setattr(sampler, "batches", (1, 2))
-    lines = [json.dumps({"prompt": "y" * n, "max_new_tokens": 2}) for n in (9, 20, 3, 30, 5)]
+    lines = [json.dumps({"prompt": "y" * n, "max_new_tokens": 1}) for n in (9, 20, 3, 21, 5) * 2]
     seen = []
     out = tmp_path / "out"
     batch.sample_file(
         sampler, _write(tmp_path / "in", lines), out, report=lambda *counts: seen.append(counts)
     )
-    assert [json.loads(line)["line"] for line in out.read_text().splitlines()] == [1, 2, 3, 4, 5]
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    assert [json.loads(line)["line"] for line in out.read_text().splitlines()] == [*range(1, 11)]
+    assert seen == [(8, 10), (10, 10)]

@@ -20,7 +20,7 @@ LOGPROB_TOLERANCE = 1e-4
 
 def _texts(count, seed=0):
     rng = np.random.default_rng(seed)
-    return ["".join(map(chr, rng.integers(40, 120, rng.integers(2, 15)))) for _ in range(count)]
+    return ["".join(map(chr, rng.integers(40, 120, rng.integers(2, 14)))) for _ in range(count)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,14 +65,14 @@ def test_greedy_equals_transformers(sampler, model):
         array = np.asarray(leaves[rule.ours])
         for layer, name in enumerate(rule.source_names(c)):
             tensor = rule.to_theirs(array[layer] if rule.stacked else array, c)
-            state[name] = torch.from_numpy(np.ascontiguousarray(tensor))
+            state[name] = torch.from_numpy(np.array(tensor))
     theirs.load_state_dict(state)
 
-    requests = [Request(prompt=text, max_new_tokens=40) for text in _texts(6, seed=3)]
+    requests = [Request(prompt=text, max_new_tokens=33) for text in _texts(6, seed=3)]
     for request, done in zip(requests, sampler.generate(requests)):
         ids = torch.tensor([sampler.tokenizer.encode(request.prompt, bos=True)])
         out = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=33, do_sample=False
         )
         want = out[0, ids.shape[1] :].tolist()
         stopped = want[-1] == 2
@@ -83,7 +83,7 @@ def test_greedy_equals_transformers(sampler, model):
 def test_repetition_penalty_counts_prompt_and_new_tokens(sampler):
     """Red if `seen_BV` is not updated in `_draw`, or padding counts as seen."""
     penalty = 1e6  # a token that occurred cannot come again
-    request = Request(prompt="ABC", max_new_tokens=50, repetition_penalty=penalty)
+    request = Request(prompt="ABC", max_new_tokens=33, repetition_penalty=penalty)
     (done,) = sampler.generate([request])
     prompt = sampler.tokenizer.encode("ABC", bos=True)
     assert len(set(done.ids) | set(prompt)) == len(done.ids) + len(prompt)
@@ -100,7 +100,7 @@ MIXED = [
     {"temperature": 1.2, "top_p": 0.7, "seed": 7},
     {"temperature": 1.0, "min_p": 0.05, "repetition_penalty": 1.3, "seed": 8},
     {"repetition_penalty": 1.5},
-    {"max_new_tokens": 3},
+    {"max_new_tokens": 18},
     {"temperature": 1.0, "stop": ("a", "7"), "seed": 9},
 ]
 
@@ -123,7 +123,7 @@ def test_alone_or_in_any_batch(sampler):
     alone = [_answers(sampler, [request])[0] for request in requests]
     order = np.random.default_rng(0).permutation(len(requests))
     shuffled = _answers(sampler, [requests[i] for i in order])
-    longer = Request(prompt="z" * 40, max_new_tokens=40, temperature=1.0)
+    longer = Request(prompt="z" * 14, max_new_tokens=33, temperature=1.0)
     with_longer = _answers(sampler, [longer, *requests[:3], longer, longer])
     assert together == alone
     assert [together[i] for i in order] == shuffled
@@ -195,8 +195,8 @@ def test_second_prompt_compiles_nothing(model, compiled):
 
 def test_a_batch_runs_in_few_programs(model):
     """Red if rows are not grouped by length: 7 prompts of two buckets are two batches."""
-    sampler = Sampler(model, Letters())
-    requests = [Request(prompt="a" * n, max_new_tokens=8) for n in (3, 30, 4, 29, 5, 6, 28)]
+    sampler = Sampler(model, Letters(), batches=(4,))
+    requests = [Request(prompt="a" * n, max_new_tokens=1) for n in (3, 30, 4, 29, 5, 6, 28)]
     sampler.generate(requests)
     assert {key for key in sampler.compilations if key[0] == "prefill"} == {
         ("prefill", 4, 16),
@@ -221,14 +221,14 @@ def test_buckets():
 
 
 def _plain(sampler, **fields):
-    (done,) = sampler.generate([Request(prompt="story", max_new_tokens=60, **fields)])
+    (done,) = sampler.generate([Request(prompt="story", max_new_tokens=33, **fields)])
     return done
 
 
 def test_stop_string_cuts_the_text(sampler):
     """Red if the text is cut after the stop string."""
     whole = _plain(sampler, temperature=1.0)
-    stop = whole.text[40:43]
+    stop = whole.text[20:23]
     done = _plain(sampler, temperature=1.0, stop=("never-there", stop))
     assert done.text == whole.text[: whole.text.index(stop)]
     assert (done.finish_reason, done.stopped_by) == ("stop", stop)
@@ -244,27 +244,21 @@ def test_stop_id_ends_the_row(sampler):
     assert (done.finish_reason, done.stopped_by) == ("stop", stop)
 
 
-def test_eos_ends_and_can_be_ignored(model):
+def test_eos_ends_and_can_be_ignored(sampler, monkeypatch):
     """Red if ignore_eos is not read."""
-
-    class EosIsCommon(Letters):
-        eos_id = None
-
-    free = Sampler(model, EosIsCommon())
-    (whole,) = free.generate([Request(prompt="q", max_new_tokens=12)])
-    EosIsCommon.eos_id = whole.ids[4]
-    ends = Sampler(model, EosIsCommon())
+    (whole,) = sampler.generate([Request(prompt="q", max_new_tokens=20)])
+    monkeypatch.setattr(sampler, "stop_ids", (whole.ids[4],))
     first = whole.ids.index(whole.ids[4])
-    (cut,) = ends.generate([Request(prompt="q", max_new_tokens=12)])
+    (cut,) = sampler.generate([Request(prompt="q", max_new_tokens=20)])
     assert (cut.ids, cut.finish_reason) == (whole.ids[:first], "stop")
-    (ignoring,) = ends.generate([Request(prompt="q", max_new_tokens=12, ignore_eos=True)])
+    (ignoring,) = sampler.generate([Request(prompt="q", max_new_tokens=20, ignore_eos=True)])
     assert (ignoring.ids, ignoring.finish_reason) == (whole.ids, "length")
 
 
 @pytest.mark.parametrize("fields", [{}, {"n": 3}, {"stop": ("k", "Zq", "5")}], ids=str)
 def test_stream_joined_is_the_text(sampler, fields):
     """Red if `take` drops the pieces of the last chunk, or streams after a stop string."""
-    request = Request(prompt="tell", max_new_tokens=45, temperature=1.0, **fields)
+    request = Request(prompt="tell", max_new_tokens=33, temperature=1.0, **fields)
     text, finished = {}, {}
     for piece in sampler.stream(request):
         assert piece.sample not in finished
@@ -290,7 +284,7 @@ def test_stream_arrives_in_pieces(sampler):
 def test_empty_prompt_is_bos(sampler):
     """Red if an empty prompt is padded instead."""
     one, two = sampler.generate(
-        [Request(prompt="", max_new_tokens=5), Request(prompt=[1], max_new_tokens=5)]
+        [Request(prompt="", max_new_tokens=20), Request(prompt=[1], max_new_tokens=20)]
     )
     assert one.ids == two.ids and one.prompt_tokens == 1
 
@@ -367,5 +361,5 @@ def test_bfloat16_weights(model):
     low = Sampler(model, Letters(), dtype="bfloat16")
     assert low.model.layers[0].wq[...].dtype == jnp.bfloat16
     assert low.model.layers[0].mlp_norm[...].dtype == jnp.float32
-    (done,) = low.generate([Request(prompt="abc", max_new_tokens=5)])
-    assert len(done.ids) == 5
+    (done,) = low.generate([Request(prompt="abc", max_new_tokens=1)])
+    assert len(done.ids) == 1

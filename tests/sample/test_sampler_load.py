@@ -52,20 +52,21 @@ def hf_directory(run, tmp_path_factory):
     return out
 
 
-REQUEST = Request(prompt="the cat", max_new_tokens=12)
+# One token needs prefill alone, which is one program to compile for each sampler.
+REQUEST = Request(prompt="the cat", max_new_tokens=1, logprobs=True)
 
 
 def test_run_checkpoint_and_hf_are_one_model(run, hf_directory):
     """Red if load reads another tokenizer directory, or HF weights are not the checkpoint's."""
     paths = (run, run / "checkpoints" / "3", hf_directory)
     answers = [Sampler.load(str(path), dtype="float32").generate([REQUEST]) for path in paths]
-    assert answers[0] == answers[1] == answers[2] and len(answers[0][0].ids) == 12
+    assert answers[0] == answers[1] == answers[2] and len(answers[0][0].ids) == 1
 
 
 def test_streaming_real_text_equals_generate(run):
     """Red if the stream decoder is not told that it continues a prompt (first space)."""
     sampler = Sampler.load(run)
-    request = Request(prompt="the cat", max_new_tokens=60, temperature=1.5, seed=1)
+    request = Request(prompt="the cat", max_new_tokens=33, temperature=1.5, seed=1)
     (done,) = sampler.generate([request])
     assert "".join(piece.text for piece in sampler.stream(request)) == done.text
     prompt = sampler.tokenizer.encode("the cat", bos=True)
@@ -99,13 +100,13 @@ def test_every_eos_of_the_generation_config(hf_directory, tmp_path):
     """Red if only the tokenizer's EOS ends a text (Llama 3 names three)."""
     shutil.copytree(hf_directory, tmp_path / "m")
     (done,) = Sampler.load(hf_directory).generate([REQUEST])
-    stop = done.ids[5]
+    (stop,) = done.ids
     generation = {"eos_token_id": [2, stop]}
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps(generation))
     sampler = Sampler.load(tmp_path / "m")
     assert sampler.stop_ids == (2, stop)
     (cut,) = sampler.generate([REQUEST])
-    assert (cut.ids, cut.stopped_by) == (done.ids[: done.ids.index(stop)], stop)
+    assert (cut.ids, cut.stopped_by) == ((), stop)
 
 
 def test_path_without_a_model(tmp_path):

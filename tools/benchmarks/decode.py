@@ -100,7 +100,7 @@ def their_model(model: Decoder) -> transformers.LlamaForCausalLM:
         array = np.asarray(leaves[rule.ours])
         for layer, name in enumerate(rule.source_names(c)):
             tensor = rule.to_theirs(array[layer] if rule.stacked else array, c)
-            state[name] = torch.from_numpy(np.ascontiguousarray(tensor))
+            state[name] = torch.from_numpy(np.array(tensor))
     theirs.load_state_dict(state)
     return theirs
 
