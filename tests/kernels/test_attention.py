@@ -169,7 +169,7 @@ def test_packed_documents_equal_separate_rows(implementation):
 @pytest.mark.parametrize("size", [1e4, -1e4])
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_rows_that_see_nothing_give_zero(implementation, size, packed):
-    """Red when: the `empty` guard goes (0 / 0), or lse of an empty row is 0 instead of +inf."""
+    """Red when: the `empty` guard goes (0 / 0), or lse of an empty row is left at log(0)."""
     q, k, v, dout = qkv(B=2, T=40, D=4)
     q, k = jnp.ones_like(q), jnp.full_like(k, size / 2)  # scores D * size / 2 / sqrt(D) = size
     rows = packed_rows([10, 20], [], T=40)
@@ -236,20 +236,26 @@ def test_bf16_in_bf16_out(implementation):
 
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_under_scan_checkpoint_and_shard_map(implementation):
-    """Red when: the accumulators of dk and dv lose the varying axes of k and v."""
-    q, k, v, _ = qkv(B=2, T=43)
-    rows = packed_rows([43], [20, 12], T=43)
-    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
-    spec = jax.P("data")
+    """Red when: varying_alike goes. Queries are cut over two devices, keys are whole on both."""
+    q, k, v, _ = qkv(T=44)
+    positions, segments = packed_rows([44], [20, 12], T=44)
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("sequence",))
+    cut, whole = jax.P(None, "sequence"), jax.P()
 
-    def stacked(q, k, v, positions, segments):
+    def stacked(q, k, v, positions, segments, kv_positions, kv_segments):
         @jax.checkpoint
         def layer(x, _):
-            return x + attend(x, k, v, positions, segments, implementation), None
+            out = attend(
+                x, k, v, positions, segments, implementation, packed=False,
+                kv_positions=kv_positions, kv_segments=kv_segments,
+            )  # fmt: skip
+            return x + out, None
 
         return jax.lax.scan(layer, q, length=2)[0]
 
-    local = jax.shard_map(stacked, mesh=mesh, in_specs=(spec,) * 5, out_specs=spec)
+    specs = (cut, whole, whole, cut, cut, whole, whole)
+    local = jax.shard_map(stacked, mesh=mesh, in_specs=specs, out_specs=cut)
+    rows = (positions, segments, positions, segments)
 
     def gradient(f):
         return jax.jit(jax.grad(lambda *x: jnp.sum(f(*x, *rows) ** 2), (0, 1, 2)))(q, k, v)

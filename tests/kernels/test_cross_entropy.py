@@ -113,7 +113,7 @@ def test_weight_zero_hides_a_token(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_gradient_to_weights_or_through_nll(implementation):
-    """Red when: the stop_gradient on weights or on nll goes."""
+    """Red when: a stop_gradient of the reference goes, or _backward reads nll's cotangent."""
     x, w, targets, weights = inputs()
     f = call(implementation)
     assert not np.any(jax.grad(lambda a: f(x, w, targets, a).loss)(weights))
@@ -149,7 +149,7 @@ def test_bf16_in_f32_out(implementation):
 
 
 def test_chunked_under_shard_map():
-    """Red when: dw's accumulator loses the varying axes, or dw is not summed over devices."""
+    """Red when: varying_alike goes, or dw is not summed over the devices."""
     args = inputs()
     mesh = jax.sharding.Mesh(jax.devices()[:B], ("data",))
     rows = jax.P("data")

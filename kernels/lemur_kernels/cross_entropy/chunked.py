@@ -26,8 +26,7 @@ def chunked(
     """See lemur_kernels.cross_entropy.cross_entropy."""
     chunk_tokens = min(chunk_tokens, x_BTE.shape[1])
     inputs = varying_alike(x_BTE, w_EV, targets_BT, weights_BT)
-    loss, z, nll_BT = _losses(*inputs, z_loss, chunk_tokens, valid_vocab)
-    return CrossEntropy(loss, z, lax.stop_gradient(nll_BT))
+    return CrossEntropy(*_losses(*inputs, z_loss, chunk_tokens, valid_vocab))
 
 
 def _chunks(chunk_tokens: int, *arrays):
@@ -112,7 +111,7 @@ def _forward(x_BTE, w_EV, targets_BT, weights_BT, z_loss, chunk_tokens, valid_vo
 
 def _backward(z_loss, chunk_tokens, valid_vocab, residuals, cotangents):
     (dx_BTE, dw_EV), inputs = residuals
-    g_loss, g_z, _ = cotangents
+    g_loss, g_z, _ = cotangents  # nll_BT is a report: no gradient flows through it
 
     def scaled():
         return dx_BTE * g_loss, dw_EV * g_loss
