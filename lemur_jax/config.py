@@ -116,6 +116,11 @@ class RopeConfig:
         _raise_if(problems)
 
 
+# Fields of ModelConfig that say how to compute, not what the model is: a checkpoint does not bind
+# them.
+COMPUTATION_FIELDS = ("dtype", "remat", "scan_unroll", "attention")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A Llama-class decoder. The numbers that define the model have no defaults.
@@ -136,6 +141,8 @@ class ModelConfig:
         norms and the loss are float32.
       param_dtype: of the master weights.
       remat: what the backward pass recomputes: REMAT_POLICIES.
+      scan_unroll: layers in one iteration of the scan over layers. More than 1 compiles longer and
+        runs a small model faster (on CPU).
       attention: ATTENTION_IMPLEMENTATIONS; "auto" is resolved once, before tracing, and printed.
     """
 
@@ -158,6 +165,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
+    scan_unroll: int = 1
     attention: str = "auto"
 
     def __post_init__(self):
@@ -182,7 +190,7 @@ class ModelConfig:
             problems.append(f"ModelConfig.head_dim={self.head_dim} must be even: RoPE turns pairs")
         if self.norm_eps <= 0:
             problems.append(f"ModelConfig.norm_eps={self.norm_eps} must be positive, e.g. 1e-5")
-        problems += _positive(self, "vocab_multiple")
+        problems += _positive(self, "vocab_multiple", "scan_unroll")
         problems += _one_of(self, "activation", ACTIVATIONS)
         problems += _one_of(self, "dtype", DTYPES)
         problems += _one_of(self, "param_dtype", DTYPES)

@@ -28,9 +28,9 @@ from lemur_jax.convert.cast import cast, check_dtype
 from lemur_jax.convert.destination import appearing, check_new
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
-from lemur_jax.convert.hf_source import open_hf
+from lemur_jax.convert.hf_source import HFModel, open_hf
 from lemur_jax.convert.progress import progress
-from lemur_jax.convert.recognise import step_directory
+from lemur_jax.convert.recognise import recognise, step_directory
 from lemur_jax.convert.rules import Rule
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
@@ -81,11 +81,7 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
     """
     check_new(out_dir)
     hf = open_hf(hf_dir, dtype=dtype)
-    extras = {
-        "config": hf.source if dtype is None else config_to_hf(hf.config, hf.source, dtype),
-        "weights_dtype": hf.config.param_dtype,
-        "tied_head": hf.tied_head,
-    }
+    extras = _extras(hf, dtype)
     about = {"kind": "params", "model": dataclasses.asdict(hf.config), "hf_extras": extras}
     total = sum(np.prod(hf.shape(n), dtype=int) * hf.dtypes[n].itemsize for n in hf.names)
     cpu = _host()
@@ -98,6 +94,35 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
     with checkpoint.CheckpointWriter(out_dir, keep_latest=1) as writer:
         writer.save(0, {"params": arrays}, about=about, files=_carried_files(hf.directory))
     return step_directory(out_dir)
+
+
+def _extras(hf: HFModel, dtype: str | None = None) -> dict[str, Any]:
+    return {
+        "config": hf.source if dtype is None else config_to_hf(hf.config, hf.source, dtype),
+        "weights_dtype": hf.config.param_dtype,
+        "tied_head": hf.tied_head,
+    }
+
+
+def carried(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """What a model brings along beside its weights: `hf_extras` and files, tokenizer included.
+
+    A training run that starts from `path` puts them into its own checkpoints, so that its export
+    still has the source's token ids, generation settings and licence.
+
+    Args:
+      path: an HF directory, or a checkpoint of ours.
+    """
+    if recognise(path) == "hf":
+        return _extras(open_hf(path)), _carried_files(Path(path))
+    step_dir = step_directory(path)
+    manifest = checkpoint.describe(step_dir)
+    files = {
+        name: checkpoint.read_file(step_dir, name)
+        for name in manifest.files
+        if name.startswith((f"{HF_DIR}/", f"{TOKENIZER_DIR}/"))
+    }
+    return manifest.about.get("hf_extras"), files
 
 
 def _host() -> jax.Device:

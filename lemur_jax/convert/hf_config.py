@@ -10,7 +10,7 @@ default of `transformers.LlamaConfig`, as they would there.
 import dataclasses
 from typing import Any
 
-from lemur_jax.config import ACTIVATIONS, DTYPES, ConfigError, ModelConfig
+from lemur_jax.config import ACTIVATIONS, COMPUTATION_FIELDS, DTYPES, ConfigError, ModelConfig
 from lemur_jax.convert import hf_rope
 from lemur_jax.convert.errors import ConversionError
 
@@ -92,7 +92,7 @@ _CARRIED = frozenset(
 _ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM")  # the second: the first converted Llamas
 
 # Fields of ModelConfig that say how to compute, not what: no part of an HF config.
-COMPUTATION = ("dtype", "param_dtype", "remat", "attention", "vocab_multiple")
+COMPUTATION = (*COMPUTATION_FIELDS, "param_dtype", "vocab_multiple")
 
 
 def config_from_hf(source: dict[str, Any]) -> ModelConfig:

@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from lemur_kernels.product import einsum_f32
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.model import attention, rope
@@ -102,9 +103,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x_BTE: jax.Array) -> jax.Array:
         """Projects states to the vocabulary: [B,T,V] float32, padded rows -inf."""
-        logits = jnp.einsum(
-            "BTE,EV->BTV", x_BTE, self.head_EV(), preferred_element_type=jnp.float32
-        )
+        logits = einsum_f32("BTE,EV->BTV", x_BTE, self.head_EV())
         logits = constrain(logits, "batch", "length", "act_vocab")
         exists = jnp.arange(logits.shape[-1]) < self.config.vocab_size
         return jnp.where(exists, logits, -jnp.inf)
@@ -124,7 +123,7 @@ class Decoder(nnx.Module):
 
         if isinstance(self.layers, Block):
             body = remat(body, self.config.remat)
-            return jax.lax.scan(body, x, self.layers)[0]
+            return jax.lax.scan(body, x, self.layers, unroll=self.config.scan_unroll)[0]
         for block in self.layers:
             x, _ = body(x, block)
         return x

@@ -90,27 +90,26 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
 
     # ----- state -----------------------------------------------------------------------------
     transform = optimizer(config.optimizer)
-    state = saved.starting_state(config, transform, mesh, pipeline, report)
+    begun = saved.starting_state(config, transform, mesh, pipeline, report)
+    state = begun.state
     first_step = int(state.step)
     if primary:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.gin").write_text(operative_config)
     log = run_metrics.RunLog(run_dir, first_step, enabled=primary)
-    if first_step:
-        log.write(first_step, {"resumed": 1.0})
     writer = checkpoint.CheckpointWriter(
         run_dir / checkpoint.CHECKPOINTS,
         keep_latest=config.checkpoint.keep_latest,
         keep_every_steps=config.checkpoint.keep_every_steps,
         report=report,
     )
-    small_files = saved.files(operative_config, pipeline)
+    small_files = saved.files(operative_config, pipeline, begun)
 
     def save(step: int) -> None:
         writer.save(
             step,
             saved.to_items(state),
-            about=saved.about(config, pipeline, step),
+            about=saved.about(config, pipeline, begun, step),
             files=small_files,
         )
 
@@ -143,7 +142,9 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
             _account(*unread, config, pipeline, log, progress, report)
 
     # transfer_guard: an implicit copy between host and device in this loop is a bug.
-    with jax.set_mesh(mesh), writer, stop, progress, jax.transfer_guard("disallow"):
+    with jax.set_mesh(mesh), log, writer, stop, progress, jax.transfer_guard("disallow"):
+        if first_step:
+            log.write(first_step, {"resumed": 1.0})
         while step < config.steps and not stop.before(step):
             batch = device_batch(pipeline, step, config.micro_batches, rows, mesh)
             state, metrics = step_fn(state, batch)
@@ -173,7 +174,6 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
             report(f"asked to stop: saving step {step}")
             save(step)
         writer.wait()
-    log.close()
 
     # ----- report ----------------------------------------------------------------------------
     entropy = {source: pipeline.unigram_entropy(source) for source in pipeline.sources}

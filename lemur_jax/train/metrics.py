@@ -72,17 +72,17 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
 class RunLog:
     """metrics.jsonl and TensorBoard events of a run; only the first process writes.
 
-    A resumed run continues the files: lines of steps that the restored checkpoint has not seen are
-    dropped, so that the curve has each step once.
+    A context. A resumed run continues the files: lines of steps that the restored checkpoint has not
+    seen are dropped, so that the curve has each step once.
     """
 
     run_dir: Path
     first_step: int
     enabled: bool
 
-    def __post_init__(self):
+    def __enter__(self) -> "RunLog":
         if not self.enabled:
-            return
+            return self
         # The record writer alone: TensorBoard's EventFileWriter would import TensorFlow.
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -95,6 +95,7 @@ class RunLog:
         name = f"events.out.tfevents.{int(time.time())}.{self.first_step}"
         self._events = RecordWriter((events / name).open("ab"))
         self._write_event(file_version="brain.Event:2")
+        return self
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl and one event for each value; step 1 is the first."""
@@ -115,7 +116,7 @@ class RunLog:
         self._events.write(Event(wall_time=time.time(), **fields).SerializeToString())
         self._events.flush()
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         if self.enabled:
             self._file.close()
             self._events.close()

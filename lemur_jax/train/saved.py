@@ -14,8 +14,11 @@ import optax
 from jax.sharding import Mesh
 
 from lemur_jax import checkpoint
-from lemur_jax.config import ConfigError, ModelConfig, TrainConfig, model_config
+from lemur_jax.config import COMPUTATION_FIELDS, ConfigError, ModelConfig, TrainConfig, model_config
+from lemur_jax.convert import hf
+from lemur_jax.convert.load import load_model
 from lemur_jax.data.pipeline import Pipeline
+from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.model import param
 from lemur_jax.train.state import TrainState, abstract_state, random_state, state_from_model
 
@@ -42,21 +45,36 @@ def from_items(like: TrainState, flat: dict[str, jax.Array]) -> TrainState:
     return TrainState(rest["step"], param.unflatten(like.model, params), rest["opt"], rest["guard"])
 
 
-def about(config: TrainConfig, pipeline: Pipeline, step: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    Attributes:
+      state: on the mesh.
+      hf_extras: what the Hugging Face model at the origin of the weights said beside them, or None.
+      files: small files that came with it (generation_config.json, licence).
+    """
+
+    state: TrainState
+    hf_extras: dict[str, Any] | None
+    files: dict[str, bytes]
+
+
+def about(config: TrainConfig, pipeline: Pipeline, start: Start, step: int) -> dict[str, Any]:
     """What makes a checkpoint self-describing, beside its arrays."""
     return {
         "kind": "train_state",
         "model": dataclasses.asdict(config.model),
         "data": pipeline.position(step),
         "tokenizer_fingerprint": pipeline.tokenizer_fingerprint,
-    }
+    } | ({"hf_extras": start.hf_extras} if start.hf_extras else {})
 
 
-def files(operative_config: str, pipeline: Pipeline) -> dict[str, bytes]:
+def files(operative_config: str, pipeline: Pipeline, start: Start) -> dict[str, bytes]:
     """Small files that every checkpoint carries: the operative config and the tokenizer."""
-    found = {"config.gin": operative_config.encode()}
+    found = start.files | {"config.gin": operative_config.encode()}
     for path in sorted(Path(pipeline.tokenizer_dir).iterdir()):
-        found[f"tokenizer/{path.name}"] = path.read_bytes()
+        found[f"{hf.TOKENIZER_DIR}/{path.name}"] = path.read_bytes()
     return found
 
 
@@ -66,15 +84,16 @@ def starting_state(
     mesh: Mesh,
     pipeline: Pipeline,
     report: Callable[[str], None],
-) -> TrainState:
+) -> Start:
     """The state to begin or go on with.
 
     Raises:
       ConfigError: the run's checkpoint is of another model or other data.
       CheckpointError: there are checkpoints, but none is sound.
+      ConversionError: `init_from` holds no model, or another one.
     """
     like = abstract_state(config.model, transform, mesh)
-    directory = Path(config.run_dir) / checkpoint.CHECKPOINTS
+    directory = Path(config.run_dir).absolute() / checkpoint.CHECKPOINTS
     # Where the weights come from, in order of precedence:
     # 1. The run's own latest verified checkpoint, with optimizer state and data position.
     if checkpoint.complete_steps(directory):
@@ -86,27 +105,42 @@ def starting_state(
         found = checkpoint.describe(step_dir)
         pipeline.check_position(found.about["data"])
         report(f"resumed from {step_dir} at step {found.step}, all digests verified")
-        return from_items(like, arrays)
+        return Start(from_items(like, arrays), *_carried(step_dir))
     # 2. The parameters of `init_from`; optimizer state and data position start fresh.
     if config.init_from is not None:
-        from lemur_jax.convert.load import load_model
-
-        model, _ = load_model(config.init_from, mesh=mesh, config=config.model)
-        report(f"parameters from {config.init_from}; optimizer and data position start fresh")
-        return state_from_model(model, transform, mesh)
+        model, source = load_model(config.init_from, mesh=mesh, config=config.model)
+        _check_tokenizer(Path(source), pipeline, config.init_from)
+        report(f"parameters from {source}; optimizer and data position start fresh")
+        return Start(state_from_model(model, transform, mesh), *_carried(source))
     # 3. Random weights.
     report(f"random weights, seed {config.seed}")
-    return random_state(config.model, transform, mesh, config.seed)
+    return Start(random_state(config.model, transform, mesh, config.seed), None, {})
+
+
+def _carried(path: Any) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
+    """hf_extras and files of a source, without its tokenizer: the run has the data set's."""
+    extras, found = hf.carried(path)
+    prefix = f"{hf.HF_DIR}/"
+    return extras, {name: data for name, data in found.items() if name.startswith(prefix)}
+
+
+def _check_tokenizer(source: Path, pipeline: Pipeline, name: str) -> None:
+    """The data must be tokenised as the weights were: ids mean nothing else."""
+    of_ours = source / hf.TOKENIZER_DIR
+    directory = of_ours if of_ours.is_dir() else source
+    if any((directory / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
+        fingerprint = Tokenizer.load(directory).fingerprint
+        pipeline.check_tokenizer(fingerprint, f"TrainConfig.init_from={name!r}")
 
 
 def _check_same_model(stored: ModelConfig, asked: ModelConfig, run_dir: str) -> None:
     """How it computes may change between resumes; what the model is may not."""
-    free = {"remat", "attention", "dtype"}
     different = [
         f"ModelConfig.{field.name}={getattr(asked, field.name)!r}, but the checkpoints in "
         f"{run_dir} have {getattr(stored, field.name)!r}: set it back, or use another run_dir"
         for field in dataclasses.fields(ModelConfig)
-        if field.name not in free and getattr(asked, field.name) != getattr(stored, field.name)
+        if field.name not in COMPUTATION_FIELDS
+        and getattr(asked, field.name) != getattr(stored, field.name)
     ]
     if different:
         raise ConfigError(different)

@@ -145,9 +145,12 @@ def test_other_data_or_model_is_refused(whole_run, tiny_data):
 
 def test_init_from_takes_weights_only(whole_run, tiny_data, tmp_path):
     """Red if init_from also took the step or the optimizer state."""
-    run = config(tmp_path, tiny_data, steps=1, init_from=str(whole_run))
-    run = dataclasses.replace(
-        run, optimizer=OptimizerConfig(peak_learning_rate=0.0), checkpoint=CheckpointConfig()
+    run = config(
+        tmp_path,
+        tiny_data,
+        steps=1,
+        init_from=str(whole_run),
+        optimizer=OptimizerConfig(peak_learning_rate=0.0),
     )
     result = loop.train(run, "")
     assert result.step == 1
