@@ -15,11 +15,10 @@ ALLOWED = {
     "config": {"errors"},
     "settings": {"config", "errors"},
     "sharding": {"config"},
-    "digest": set(),
-    "checkpoint": {"digest", "errors"},
+    "checkpoint": {"errors"},
     "model": {"config", "sharding"},
     "data": {"config", "errors"},
-    "convert": {"config", "sharding", "model", "checkpoint", "data", "errors", "digest"},
+    "convert": {"config", "sharding", "model", "checkpoint", "data", "errors"},
     "train": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
     "sample": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
 }
@@ -59,6 +58,14 @@ def test_import_directions(path):
             assert rest[0] in ALLOWED[part], f"{path.name} must not import {name}"
         if head in DOORS:
             assert part in DOORS[head], f"{path.name} must not import {head}"
+
+
+def test_the_manifest_needs_no_jax():
+    """Red if checkpoint/manifest.py imports jax, orbax or a sibling that does."""
+    allowed = {"etils", "lemur_jax", *sys.stdlib_module_names}
+    for name in _imports(ROOT / "lemur_jax" / "checkpoint" / "manifest.py"):
+        assert name.split(".")[0] in allowed, f"manifest.py must not import {name}"
+        assert not name.startswith("lemur_jax.checkpoint"), f"manifest.py must not import {name}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=str)

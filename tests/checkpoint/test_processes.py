@@ -17,10 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-
-TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS))
-from test_checkpoint import (  # noqa: E402
+from saved_arrays import (
     ABOUT,
     FILES,
     LAYOUT,
@@ -33,9 +30,11 @@ from test_checkpoint import (  # noqa: E402
     targets_on,
 )
 
-from lemur_jax import checkpoint, digest  # noqa: E402
-from lemur_jax.checkpoint import CheckpointError, CheckpointWriter  # noqa: E402
+from lemur_jax import checkpoint
+from lemur_jax.checkpoint import CheckpointError, CheckpointWriter, digest
+from lemur_jax.checkpoint.agreement import Agreement
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 PROCESSES = 2
 TIMEOUT_SECONDS = 240
@@ -100,7 +99,7 @@ def work(process: int, port: int, directory: Path) -> dict:
     if process == 0:
         shutil.copytree(directory / "shared", directory / "partly")
         shutil.rmtree(directory / "partly" / "3" / "params" / "ocdbt.process_1" / "d")
-    checkpoint._Agreement(60).reach()
+    Agreement(60).reach()
     lines = []
     step_dir, got = checkpoint.restore_latest(
         directory / "partly", ("params",), targets_on(make_mesh(2, 4), PARAMS), report=lines.append
@@ -176,7 +175,7 @@ def pair(tmp_path_factory):
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(TESTS.parent),
+        "PYTHONPATH": str(ROOT),
     }
     workers = [
         subprocess.Popen(
@@ -250,8 +249,8 @@ def test_workers_restored_on_another_mesh(pair):
 
 
 def test_keep_policy_of_two_processes(pair):
-    """Only whole ones are left, and nothing of the failed save. Red: drop the call of `_prune`, or
-    `_remove_half_written` in `_abandon`."""
+    """Only whole ones are left, and nothing of the failed save. Red: drop the call of `prune`, or
+    that of `undo` in `_abandon`."""
     directory, _ = pair
     assert checkpoint.complete_steps(directory / "shared") == [3, 5]
     assert sorted(path.name for path in (directory / "shared").iterdir()) == ["3", "5"]
@@ -289,7 +288,7 @@ def test_votes_are_forgotten(pair):
 
 
 def test_a_stuck_process_is_named(pair):
-    """Red: no deadline in `_Agreement._collect`."""
+    """Red: no deadline in `Agreement._collect`."""
     _, seen = pair
     for worker in seen:
         assert "process 1 did not answer within 2 s" in worker["stuck"]["error"]
