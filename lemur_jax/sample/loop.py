@@ -3,6 +3,7 @@
 Dimension key: B batch, P prompt bucket, S cache bucket, V vocab (padded), C tokens of a chunk.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -138,7 +139,7 @@ def lengthen(state: DecodeState, slots: int) -> DecodeState:
 
 
 def decode(
-    model: Decoder,
+    read_model: Callable[[], Decoder],
     state: DecodeState,
     rows: Rows,
     stopped_B: jax.Array,
@@ -149,7 +150,8 @@ def decode(
     """Decodes up to `steps` tokens for each row; fewer when all rows are done.
 
     Args:
-      model: decoder with unstacked layers.
+      read_model: gives the decoder, unstacked; called inside the loop, so that a layout of weights
+        that it undoes becomes part of the products and is not a copy made before the loop.
       state: donated by the caller: its buffers become the result's.
       rows: the batch.
       stopped_B: [B] bool, rows that the caller ends before the first step.
@@ -169,7 +171,9 @@ def decode(
     def one_step(carry):
         step, state, tokens_BC, logprobs_BC = carry
         ones = jnp.ones((batch, 1), jnp.int32)
-        logits_B1V, cache = model(state.token[:, None], state.position[:, None], ones, state.cache)
+        logits_B1V, cache = read_model()(
+            state.token[:, None], state.position[:, None], ones, state.cache
+        )
         state, token, logprob = _draw(state, logits_B1V[:, 0], cache, rows, want_logprobs)
         write = jax.lax.dynamic_update_slice
         tokens_BC = write(tokens_BC, token[:, None], (0, step))

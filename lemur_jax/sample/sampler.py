@@ -141,8 +141,22 @@ class Sampler:
 
     def _traced_decode(self, structure, leaves, state, rows, stopped_B, steps, want_logprobs):
         self.compilations[("decode", *state.cache.positions.shape)] += 1
-        model = jax.tree.unflatten(structure, leaves)
-        return loop.decode(model, state, rows, stopped_B, steps, want_logprobs, CHUNK)
+        row_alone = weights.OutputMajor.helps(self.model, state.token.shape[0])
+
+        def read_model():
+            whole = self._output_major.as_model_reads(leaves) if row_alone else leaves
+            return jax.tree.unflatten(structure, whole)
+
+        return loop.decode(read_model, state, rows, stopped_B, steps, want_logprobs, CHUNK)
+
+    @functools.cached_property
+    def _output_major(self) -> weights.OutputMajor:
+        return weights.OutputMajor(self.model)
+
+    def _decode_leaves(self, batch: int) -> list[jax.Array]:
+        if weights.OutputMajor.helps(self.model, batch):
+            return self._output_major.leaves
+        return self._weights
 
     # -----------------------------------------------------------------------------------------
     # Requests
@@ -244,6 +258,7 @@ class Sampler:
         if lengths.cache > lengths.prompt:
             state = self._lengthen(state, slots=lengths.cache)
         progress = [_Progress(row, self.tokenizer) for row in group]
+        decode_leaves = self._decode_leaves(batch)
         left = max(row.limit for row in group) - 1
         while True:
             # The next chunk is dispatched before this one's tokens are waited for.
@@ -252,7 +267,12 @@ class Sampler:
                 stopped_B = np.ones(batch, np.bool_)
                 stopped_B[: len(group)] = [p.finished for p in progress]
                 state, following = self._decode(
-                    self._weights, state, rows, stopped_B, np.int32(steps), want_logprobs
+                    decode_leaves,
+                    state,
+                    rows,
+                    stopped_B,
+                    np.int32(steps),
+                    want_logprobs,
                 )
                 left -= steps
             tokens_BC, logprobs_BC, count_B, done_B = jax.device_get(drawn)
