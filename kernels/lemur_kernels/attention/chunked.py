@@ -185,8 +185,9 @@ def _backward(runs, block, scale, residuals, dout_BTHD):
         ]
         carry = (dk_BKSD[:, :, :keys], dv_BKSD[:, :, :keys])
         (dk_BKCD, dv_BKCD), dq_NBKDGQ = _each_block(body, carry, arrays, block)
-        dk_BKSD = dk_BKSD.at[:, :, :keys].set(dk_BKCD)
-        dv_BKSD = dv_BKSD.at[:, :, :keys].set(dv_BKCD)
+        # Not .at[].set: jaxlib 0.11.2 crashes compiling it for several CPU devices.
+        dk_BKSD = jnp.concatenate([dk_BKCD, dk_BKSD[:, :, keys:]], axis=2)
+        dv_BKSD = jnp.concatenate([dv_BKCD, dv_BKSD[:, :, keys:]], axis=2)
         dqs.append(_join(dq_NBKDGQ, axis=4))
     dq_BTHD = _tokens_first(jnp.concatenate(dqs, -1).transpose(0, 1, 3, 4, 2))
     dk_BSKD = dk_BKSD.swapaxes(1, 2).astype(k_BSKD.dtype)
