@@ -165,8 +165,7 @@ def decode(
 
     def unfinished(carry):
         step, state, _, _ = carry
-        room = step < steps
-        return room & ~jnp.all(state.done)
+        return (step < steps) & ~jnp.all(state.done)
 
     def one_step(carry):
         step, state, tokens_BC, logprobs_BC = carry

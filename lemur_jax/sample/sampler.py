@@ -6,52 +6,25 @@ tokens of the one before are turned into text. See `buckets` for what is compile
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import jax
 import numpy as np
 
 from lemur_jax.config import ConfigError
 from lemur_jax.model.decoder import Decoder
-from lemur_jax.sample import buckets, loop, methods, weights
+from lemur_jax.sample import buckets, loop, weights
 from lemur_jax.sample.request import Completion, Piece, Request
-from lemur_jax.sample.stop import RowText, TextStream
+from lemur_jax.sample.rows import Progress, Row, Tokenizer, constants, prompts
 
 # Most tokens of a chunk: how long a batch runs on after its last row has met a stop string.
 CHUNK = 32
+# Tokens of a chunk while streaming: what a reader sees arrive together.
+STREAM_CHUNK = 4
 # Models pad their vocabulary: Phi-2 has 905 rows more than its tokenizer has tokens. Above this it
 # is another model's tokenizer.
 MOST_UNNAMED_ROWS = 1024
-# Tokens of a chunk while streaming: what a reader sees arrive together.
-STREAM_CHUNK = 4
-
-
-class Tokenizer(Protocol):
-    """What the sampler needs of lemur_jax.data.tokenizer.Tokenizer."""
-
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-
-    def encode(self, text: str, bos: bool = False) -> list[int]: ...
-
-    def stream(self, after: Sequence[int] = ()) -> TextStream: ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Row:
-    """One sample of a request on its way through a batch."""
-
-    request: Request
-    index: int
-    sample: int
-    prompt: tuple[int, ...]
-    limit: int
-    stop_ids: tuple[int, ...]
-    note: str | None
 
 
 class Sampler:
@@ -62,7 +35,7 @@ class Sampler:
     programs, whose float32 matrix products may differ in their last bits: a token differs only
     where two candidates are that close. With a single batch size (`batches=(8,)`) every row always
     runs in the same program, and its tokens and log-probabilities do not depend on its batch-mates
-    in any bit.
+    in any bit (tested on CPU; a row with more than 8 stop ids compiles a program of its own batch).
 
     Attributes:
       model: decoder with unstacked layers, in the dtype that it computes in.
@@ -192,7 +165,7 @@ class Sampler:
         """
         return self._rows([request])[0][0]
 
-    def _rows(self, requests: Sequence[Request]) -> list[tuple[buckets.Lengths, _Row]]:
+    def _rows(self, requests: Sequence[Request]) -> list[tuple[buckets.Lengths, Row]]:
         rows, problems = [], []
         for index, request in enumerate(requests):
             prompt = self._prompt(request)
@@ -212,7 +185,7 @@ class Sampler:
             stop_ids = tuple(dict.fromkeys((*eos, *request.stop_ids)))
             lengths = buckets.lengths_of(len(prompt), limit, context)
             rows += [
-                (lengths, _Row(request, index, sample, prompt, limit, stop_ids, note))
+                (lengths, Row(request, index, sample, prompt, limit, stop_ids, note))
                 for sample in range(request.n)
             ]
         if problems:
@@ -247,17 +220,17 @@ class Sampler:
     # -----------------------------------------------------------------------------------------
 
     def _run(
-        self, lengths: buckets.Lengths, group: list[_Row], chunk: int
-    ) -> Iterator[tuple[_Row, Piece]]:
+        self, lengths: buckets.Lengths, group: list[Row], chunk: int
+    ) -> Iterator[tuple[Row, Piece]]:
         """Runs a batch to its end; yields text of any row as soon as it is certain."""
         batch = buckets.batch_bucket(len(group), self.batches)
-        tokens_BP, lengths_B = _prompts(group, batch, lengths.prompt)
-        rows = _constants(group, batch)
+        tokens_BP, lengths_B = prompts(group, batch, lengths.prompt)
+        rows = constants(group, batch)
         want_logprobs = np.bool_(any(row.request.logprobs for row in group))
         state, drawn = self._prefill(self._weights, tokens_BP, lengths_B, rows, want_logprobs)
         if lengths.cache > lengths.prompt:
             state = self._lengthen(state, slots=lengths.cache)
-        progress = [_Progress(row, self.tokenizer) for row in group]
+        progress = [Progress(row, self.tokenizer) for row in group]
         decode_leaves = self._decode_leaves(batch)
         left = max(row.limit for row in group) - 1
         while True:
@@ -284,93 +257,6 @@ class Sampler:
             if following is None or all(p.finished for p in progress):
                 return
             drawn = following
-
-
-class _Progress:
-    """Text of a row so far."""
-
-    def __init__(self, row: _Row, tokenizer: Tokenizer):
-        self.row = row
-        self.finished = False
-        # What follows a text keeps its first space: the stream must know that it is a continuation.
-        after = [index for index in row.prompt if index < tokenizer.vocab_size]
-        stream = tokenizer.stream(after=after)
-        self._text = RowText(stream, row.request.stop, tokenizer.vocab_size)
-        self._logprobs: list[float] = []
-
-    def take(self, tokens: np.ndarray, logprobs: np.ndarray, done: bool) -> Iterator[Piece]:
-        """Takes the row's next tokens; yields at most one piece of text, and the last piece."""
-        if self.finished:  # a chunk that was in flight when a stop string was found
-            return
-        shown, stopped_by = "", None
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist()):
-            if token in self.row.stop_ids:
-                stopped_by = token
-                break
-            shown += self._text.push(token)
-            self._logprobs.append(logprob)
-            if self._text.stopped_by is not None:
-                break
-        self.finished = done or self._text.stopped_by is not None
-        if not self.finished:
-            if shown:
-                yield Piece(sample=self.row.sample, text=shown)
-            return
-        shown += self._text.finish()
-        if self._text.stopped_by is not None:
-            stopped_by = self._text.stopped_by
-        completion = Completion(
-            request=self.row.index,
-            sample=self.row.sample,
-            text=self._text.text,
-            ids=tuple(self._text.ids),
-            finish_reason="length" if stopped_by is None else "stop",
-            stopped_by=stopped_by,
-            prompt_tokens=len(self.row.prompt),
-            logprobs=tuple(self._logprobs) if self.row.request.logprobs else None,
-            note=self.row.note,
-        )
-        yield Piece(sample=self.row.sample, text=shown, completion=completion)
-
-
-def _prompts(group: list[_Row], batch: int, bucket: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded prompts [B,P] and their lengths [B]; rows that fill up the batch have one 0."""
-    tokens_BP = np.zeros((batch, bucket), np.int32)
-    lengths_B = np.ones(batch, np.int32)
-    for r, row in enumerate(group):
-        tokens_BP[r, : len(row.prompt)] = row.prompt
-        lengths_B[r] = len(row.prompt)
-    return tokens_BP, lengths_B
-
-
-def _constants(group: list[_Row], batch: int) -> loop.Rows:
-    """The rows as arrays, filled up to the batch with rows that are done from the start."""
-    filler = batch - len(group)
-
-    def column(values, fill, dtype):
-        return np.asarray([*values, *[fill] * filler], dtype)
-
-    # Powers of two from 8 on: the number of stop ids is part of the compiled shape.
-    width = 8
-    while width < max(len(row.stop_ids) for row in group):
-        width *= 2
-    stop_ids = np.full((batch, width), -1, np.int32)
-    for r, row in enumerate(group):
-        stop_ids[r, : len(row.stop_ids)] = row.stop_ids
-    chains = [methods.standard(**_numbers(row.request)) for row in group]
-    chains += [methods.standard(temperature=0.0)] * filler
-    return loop.Rows(
-        seed=column([row.request.seed for row in group], 0, np.uint32),
-        sample=column([row.sample for row in group], 0, np.uint32),
-        limit=column([row.limit for row in group], 0, np.int32),
-        stop_ids=stop_ids,
-        chain=methods.stack(chains),
-    )
-
-
-def _numbers(request: Request) -> dict[str, float]:
-    settings = request.method_settings()
-    return {name: v if name == "top_k" else float(v) for name, v in settings.items()}
 
 
 def check_vocabulary(model: Decoder, tokenizer: Tokenizer) -> None:

@@ -57,9 +57,10 @@ class OutputMajor:
     """A model's leaves with every matrix stored [outputs, inputs], for decoding one row on CPU.
 
     XLA's CPU compiler computes a product with one vector on one core when the matrix is
-    [inputs, outputs] and on all cores when it is [outputs, inputs]: 2.8 and 1.6 ms for the 44 MB of
-    the decode benchmark's model. For two rows or more [inputs, outputs] is the faster: 3.7 and
-    5.4 ms for eight.
+    [inputs, outputs] and on all cores when it is [outputs, inputs]. A step of the decode
+    benchmark's 12.6M model takes 3.3 ms instead of 3.8 (lower quartiles of 600 interleaved chunks
+    on four shared cores; the products alone 1.6 instead of 2.8, fastest of 12). For two rows or
+    more [inputs, outputs] is the faster: 3.7 and 5.4 ms for the products of eight rows.
 
     Attributes:
       leaves: in the order of jax.tree.leaves(model).

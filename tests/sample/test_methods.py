@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lemur_jax.config import ConfigError
-from lemur_jax.sample import methods
+from lemur_jax.sample import methods, vocabulary
 from lemur_jax.sample.methods import (
     Chain,
     Greedy,
@@ -136,7 +136,7 @@ def test_neutral_values_change_nothing(logits, seen):
 
 
 def test_greedy_is_the_first_largest(logits, seen):
-    """Red if `_first_largest` returns the last of equal logits, or Temperature(0) divides."""
+    """Red if `first_largest` returns the last of equal logits, or Temperature(0) divides."""
     logits = logits.copy()
     logits[0, [300, 7, 130]] = 50.0
     keys = jax.vmap(jax.random.key)(np.arange(BATCH))
@@ -150,12 +150,12 @@ def test_greedy_is_the_first_largest(logits, seen):
 
 
 def test_draws_follow_the_distribution():
-    """Red if the mass before the block is not added in `_categorical` (chi-square test)."""
+    """Red if the mass before the block is not added in `categorical` (chi-square test)."""
     draws, vocab = 20_000, 300
     logits = np.random.default_rng(4).normal(0, 1, vocab).astype(np.float32)
     logits[::3] = -np.inf  # 200 tokens are left
     keys = jax.vmap(jax.random.key)(np.arange(draws))
-    tokens = jax.jit(methods._categorical)(jnp.broadcast_to(logits, (draws, vocab)), keys)
+    tokens = jax.jit(vocabulary.categorical)(jnp.broadcast_to(logits, (draws, vocab)), keys)
     p = np.exp(logits.astype(np.float64))
     p /= p.sum()
     counts = np.bincount(np.asarray(tokens), minlength=vocab)
