@@ -35,7 +35,7 @@ class Sampler:
     programs, whose float32 matrix products may differ in their last bits: a token differs only
     where two candidates are that close. With a single batch size (`batches=(8,)`) every row always
     runs in the same program, and its tokens and log-probabilities do not depend on its batch-mates
-    in any bit (tested on CPU; a row with more than 8 stop ids compiles a program of its own batch).
+    in any bit (tested on CPU; more than 8 stop ids in a batch are a wider array, another program).
 
     Attributes:
       model: decoder with unstacked layers, in the dtype that it computes in.

@@ -10,7 +10,7 @@ from letters import CONTEXT, VOCAB, Letters, config
 
 from lemur_jax.config import ConfigError
 from lemur_jax.model.decoder import Decoder
-from lemur_jax.sample import buckets
+from lemur_jax.sample import buckets, rows
 from lemur_jax.sample.request import Request
 from lemur_jax.sample.sampler import CHUNK, Sampler
 
@@ -81,12 +81,24 @@ def test_greedy_equals_transformers(sampler, model):
 
 
 def test_repetition_penalty_counts_prompt_and_new_tokens(sampler):
-    """Red if `seen_BV` is not updated in `_draw`, or padding counts as seen."""
+    """Red if `seen_BV` is not updated in `_draw`."""
     penalty = 1e6  # a token that occurred cannot come again
     request = Request(prompt="ABC", max_new_tokens=33, repetition_penalty=penalty)
     (done,) = sampler.generate([request])
     prompt = sampler.tokenizer.encode("ABC", bos=True)
     assert len(set(done.ids) | set(prompt)) == len(done.ids) + len(prompt)
+
+
+def test_padding_has_not_occurred(sampler):
+    """Red if `.max(real_BP)` in prefill becomes `.set(True)`: token 0 would be penalised."""
+    request = Request(prompt="AB", max_new_tokens=20)
+    ((lengths, row),) = sampler._rows([request])
+    tokens_BP, lengths_B = rows.prompts([row], 1, lengths.prompt)
+    state, drawn = sampler._prefill(
+        sampler._weights, tokens_BP, lengths_B, rows.constants([row], 1), np.bool_(False)
+    )
+    (occurred,) = np.asarray(state.seen_BV)
+    assert set(np.flatnonzero(occurred)) == {*row.prompt, int(drawn.tokens[0, 0])}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,15 +205,11 @@ def test_second_prompt_compiles_nothing(model, compiled):
     assert compiled.count == 3 and sampler.compilations.total() == 3
 
 
-def test_a_batch_runs_in_few_programs(model):
-    """Red if rows are not grouped by length: 7 prompts of two buckets are two batches."""
-    sampler = Sampler(model, Letters(), batches=(4,))
-    requests = [Request(prompt="a" * n, max_new_tokens=1) for n in (3, 30, 4, 29, 5, 6, 28)]
-    sampler.generate(requests)
-    assert {key for key in sampler.compilations if key[0] == "prefill"} == {
-        ("prefill", 4, 16),
-        ("prefill", 4, 32),
-    }
+def test_rows_of_a_length_find_each_other():
+    """Red if `groups` does not sort, cuts too late, or forgets the order of arrival."""
+    short, long = buckets.Lengths(16, 48), buckets.Lengths(32, 48)
+    arrivals = [(short, 0), (long, 1), (short, 2), (long, 3), (short, 4)]
+    assert list(buckets.groups(arrivals, 2)) == [(short, [0, 2]), (short, [4]), (long, [1, 3])]
 
 
 def test_buckets():
@@ -255,10 +263,14 @@ def test_eos_ends_and_can_be_ignored(sampler, monkeypatch):
     assert (ignoring.ids, ignoring.finish_reason) == (whole.ids, "length")
 
 
-@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"stop": ("k", "Zq", "5")}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"n": 3}, {"stop": ("k", "Zq", "5")}, {"held": 1}], ids=str)
 def test_stream_joined_is_the_text(sampler, fields):
-    """Red if `take` drops the pieces of the last chunk, or streams after a stop string."""
-    request = Request(prompt="tell", max_new_tokens=33, temperature=1.0, **fields)
+    """Red if `take` drops what `finish` returns, or streams after a stop string."""
+    request = Request(prompt="tell", max_new_tokens=33, temperature=1.0)
+    if "held" in fields:  # the end of the text might become a stop string, until it has ended
+        (whole,) = sampler.generate([request])
+        fields = {"stop": (whole.text[-2:] + "never",)}
+    request = dataclasses.replace(request, **fields)
     text, finished = {}, {}
     for piece in sampler.stream(request):
         assert piece.sample not in finished

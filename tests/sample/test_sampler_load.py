@@ -65,7 +65,7 @@ def test_run_checkpoint_and_hf_are_one_model(run, hf_directory):
 
 
 def test_streaming_real_text_equals_generate(run):
-    """Red if the stream decoder is not told that it continues a prompt (first space)."""
+    """Red if the text of a completion is not what continues the prompt's."""
     sampler = Sampler.load(run)
     request = Request(prompt="the cat", max_new_tokens=33, temperature=1.5, seed=1)
     (done,) = sampler.generate([request])

@@ -1,10 +1,13 @@
 """Stop strings in any cutting of the text, and whole characters from the real tokenizer."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.data import tokenizer_files
+from lemur_jax.sample.request import Request
+from lemur_jax.sample.rows import Progress, Row
 from lemur_jax.sample.stop import RowText, StopStrings
 
 ALPHABET = "ab\n"
@@ -91,3 +94,15 @@ def test_ids_without_a_token_make_no_text(tokenizer):
     """Red if RowText passes ids beyond the tokenizer's vocabulary on (padded vocabularies)."""
     row = RowText(tokenizer.stream(), [], tokenizer.vocab_size)
     assert row.push(tokenizer.vocab_size) == "" and row.ids == [tokenizer.vocab_size]
+
+
+def test_a_continuation_keeps_its_space(tokenizer):
+    """Red if Progress does not tell the tokenizer's stream what came before."""
+    prompt = tokenizer.encode("the cat", bos=True)
+    ids = tokenizer.encode("the cat sat", bos=True)[len(prompt) :]
+    row = Row(
+        request=Request(prompt="the cat"), index=0, sample=0, prompt=tuple(prompt), limit=9,
+        stop_ids=(2,), note=None,
+    )  # fmt: skip
+    (last,) = Progress(row, tokenizer).take(np.array(ids), np.zeros(len(ids)), done=True)
+    assert last.completion.text == " sat"
