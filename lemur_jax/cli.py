@@ -267,9 +267,16 @@ def _sample(options: argparse.Namespace, _: list[str]) -> int:
     first = Request(prompt=options.prompt or "", **fields)  # bad flags, before the weights load
     sampler = Sampler.load(options.path, dtype=options.dtype)
     if options.input is not None:
-        from lemur_jax.sample import batch
+        from lemur_jax.sample.batch import sample_file
 
-        batch.run(sampler, options.input, options.output, defaults=fields)
+        def show(done: int, total: int) -> None:
+            print(f"lemur: {done} of {total} lines", file=sys.stderr)
+
+        made = sample_file(sampler, options.input, options.output, fields, show)
+        print(
+            f"wrote {options.output}: {made.sampled} lines, {made.new_tokens} new tokens"
+            + (f"; {made.kept} lines were there already" if made.kept else "")
+        )
         return 0
     start = time.perf_counter()
     completions = []

@@ -18,8 +18,7 @@ from rich.table import Table
 
 CODE_PROMPT = "def read_lines(path):\n"
 TEXT_PROMPT = "The purpose of this module is"
-STEPS = 400
-STOP_AFTER = STEPS // 2
+STEPS = 200
 
 
 def main() -> int:

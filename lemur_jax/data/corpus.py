@@ -161,7 +161,7 @@ def collect(
     *,
     seed: int = 0,
     max_bytes_per_source: dict[str, int] | None = None,
-    validation_fraction: float = 0.04,
+    validation_fraction: float = 0.1,
     console: Console | None = None,
 ) -> dict:
     """Writes out_dir/code.jsonl, text.jsonl and manifest.json; returns the manifest.
