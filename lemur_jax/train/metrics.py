@@ -44,26 +44,26 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def peak_flops(device: jax.Device) -> tuple[float, str]:
     """Peak FLOP/s of one device and how it was obtained. NaN where it is not known.
 
-    A CPU's peak is measured: the best of a few 1024^3 float32 products, over the simulated devices
-    that share the machine.
+    A CPU's peak is measured: the best of twenty 2048^3 float32 products, over the simulated
+    devices that share the machine; too low on a machine that is busy at that moment.
     """
     for kind, peak in PEAK_FLOPS.items():
         if device.device_kind.startswith(kind):
             return peak, f"{device.device_kind}: {peak / 1e12:.0f} TFLOP/s bf16, vendor's figure"
     if device.platform == "cpu":
-        size = 1024
+        size = 2048
         x = jnp.ones((size, size), jnp.float32)
         product = jax.jit(jnp.matmul)
         product(x, x).block_until_ready()
         best = math.inf
-        for _ in range(10):
+        for _ in range(20):
             start = time.perf_counter()
             product(x, x).block_until_ready()
             best = min(best, time.perf_counter() - start)
         peak = 2 * size**3 / best
         return (
             peak / jax.local_device_count(),
-            f"CPU: {peak / 1e9:.0f} GFLOP/s, the best of ten 1024^3 float32 products",
+            f"CPU: {peak / 1e9:.0f} GFLOP/s, the best of twenty 2048^3 float32 products",
         )
     return math.nan, f"{device.device_kind}: peak not known, no MFU"
 
@@ -72,8 +72,8 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
 class RunLog:
     """metrics.jsonl and TensorBoard events of a run; only the first process writes.
 
-    A context. A resumed run continues the files: lines of steps that the restored checkpoint has not
-    seen are dropped, so that the curve has each step once.
+    A context. A resumed run continues the files: lines of steps that the restored checkpoint has
+    not seen are dropped, so that the curve has each step once.
     """
 
     run_dir: Path
