@@ -149,6 +149,7 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
         for kind in vars(config).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     ]
+    _check_process_flags(options)
     run, text = settings.load(config.TrainConfig, options.gin_file, bindings, classes)
     _join_processes(options)
     if options.dry_run:
@@ -160,24 +161,28 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
     return 0 if result.finished else EXIT_TERMINATED
 
 
-def _join_processes(options: argparse.Namespace) -> None:
+def _check_process_flags(options: argparse.Namespace) -> None:
+    counted = options.processes is not None and options.process is not None
     if options.coordinator is None:
         if options.processes is not None or options.process is not None:
             raise UsageError("--processes and --process need --coordinator=HOST:PORT")
-        return
-    import jax
-
-    if options.coordinator == "auto":
-        jax.distributed.initialize()
-        return
-    if options.processes is None or options.process is None:
+    elif options.coordinator != "auto" and not counted:
         raise UsageError(
             f"--coordinator={options.coordinator} needs --processes=N and --process=I, "
             "or use --coordinator=auto"
         )
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(options.coordinator, options.processes, options.process)
+
+
+def _join_processes(options: argparse.Namespace) -> None:
+    if options.coordinator is None:
+        return
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for CPU devices only
+    if options.coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
 
 
 def _dry_run(run, text: str) -> None:

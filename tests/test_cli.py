@@ -127,6 +127,7 @@ def test_jsonl(capsys, run, tmp_path):
     assert [len(answer["completions"][0]["ids"]) for answer in answers] == [5, 3]
     source.write_text('{"prompt": "a", "temprature": 1}\n')
     out.unlink()
+    capsys.readouterr()
     error = fails(capsys, "sample", str(run), *files)
     assert "temprature" in error and "temperature" in error
 
