@@ -16,6 +16,7 @@ from pathlib import Path
 from lemur_jax.errors import LemurError
 
 EXIT_BAD_INPUT = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
 
 
@@ -34,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, bindings = _parse(argv)
         return options.run(options, bindings) or 0
-    except LemurError as error:
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (LemurError, OSError) as error:  # OSError: disk full, no permission; names its file
         print(f"lemur: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
@@ -250,8 +254,29 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         )
     else:
         hf.import_hf(options.source, options.target, dtype=options.dtype)
+        _note_tokenizer(options.source)
     print(f"wrote {options.target}")
     return 0
+
+
+def _note_tokenizer(source: str) -> None:
+    """Weights convert without a tokenizer, but nothing can be sampled: say so at once."""
+    from lemur_jax.config import ConfigError
+    from lemur_jax.convert.hf_source import open_hf
+    from lemur_jax.data.tokenizer import Tokenizer
+
+    vocab_size = open_hf(source).config.vocab_size
+    try:
+        found = Tokenizer.load(source).vocab_size
+    except ConfigError as error:
+        print(f"lemur: note: no usable tokenizer came along: {error}", file=sys.stderr)
+        return
+    if found > vocab_size or found < vocab_size - 1024:
+        print(
+            f"lemur: note: the tokenizer has {found} tokens, the model vocab_size={vocab_size}: "
+            "they do not belong together",
+            file=sys.stderr,
+        )
 
 
 def _sample(options: argparse.Namespace, _: list[str]) -> int:
@@ -317,6 +342,7 @@ def _sample(options: argparse.Namespace, _: list[str]) -> int:
 def _data_corpus(options: argparse.Namespace, _: list[str]) -> int:
     from lemur_jax.data import corpus
 
+    _check_new("DIR", options.out)
     corpus.collect(Path(options.out), seed=options.seed)
     return 0
 
@@ -324,10 +350,18 @@ def _data_corpus(options: argparse.Namespace, _: list[str]) -> int:
 def _data_tokenizer(options: argparse.Namespace, _: list[str]) -> int:
     from lemur_jax.data import files, tokenizer_files
 
+    _check_new("--out", options.out)
     texts = files.texts(options.files)
     tokenizer_files.train(texts, options.out, vocab_size=options.vocab_size)
     print(f"wrote {options.out}")
     return 0
+
+
+def _check_new(flag: str, directory: str) -> None:
+    """Data sets and runs point at what lies there: it is never replaced in passing."""
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{flag}={directory} exists: remove it, or give a new directory")
 
 
 def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:

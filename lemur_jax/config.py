@@ -297,7 +297,9 @@ class OptimizerConfig:
     def __post_init__(self):
         problems = _one_of(self, "name", OPTIMIZERS) + _one_of(self, "schedule", SCHEDULES)
         problems += _not_negative(
-            self, "peak_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "spike_factor"
+            self,
+            *("peak_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "spike_factor"),
+            "eps",
         )
         problems += _positive(self, "max_skipped_in_a_row")
         for field in ("b1", "b2"):

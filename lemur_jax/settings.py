@@ -145,7 +145,12 @@ class _Reading:
             looked = ", ".join(str(p) for p in tried)
             self.problems.append(f"{asked_by}={name}: no such file (looked for {looked})")
             return
-        self._read(path.read_text(), str(path), path.parent)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            self.problems.append(f"{asked_by}={name}: not a gin file, not even text ({error})")
+            return
+        self._read(text, str(path), path.parent)
 
     def read_binding(self, binding: str) -> None:
         """Reads one "NAME=VALUE" of the command line."""

@@ -82,11 +82,17 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
     if fixed != device_count:
         shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
         legal = [n for n in range(1, device_count + 1) if device_count % n == 0]
+        if free:
+            fix = (
+                f"{free[0]}=-1 takes what the others leave, and {fixed} does not divide "
+                f"{device_count}: change the others"
+            )
+        else:
+            fix = f"they must multiply to {device_count}, or set one of them to -1"
         raise ConfigError(
             [
-                f"MeshConfig: {shown} is {'a divisor of' if free else ''} {fixed} devices, but "
-                f"there are {device_count}; the sizes must multiply to {device_count} "
-                f"(legal sizes: {', '.join(map(str, legal))}), or set one of them to -1"
+                f"MeshConfig: {shown}, but there are {device_count} devices: {fix}; legal sizes: "
+                f"{', '.join(map(str, legal))}"
             ]
         )
     return MeshConfig(**sizes)

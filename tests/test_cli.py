@@ -21,7 +21,7 @@ TINY = [
 def fails(capsys, *argv: str) -> str:
     """Runs a command that must fail with exit status 2; returns what it says."""
     assert cli.main(argv) == cli.EXIT_BAD_INPUT
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.lstrip()
     assert error.startswith("lemur: error: ") and "Traceback" not in error
     return error
 
@@ -113,6 +113,17 @@ def test_from_run_to_text_to_hugging_face_and_back(capsys, run, tmp_path):
         capsys, "convert", str(tmp_path / "hf"), str(tmp_path / "x"), "--to=hf"
     )
     assert "hf" in fails(capsys, "convert", str(run), str(tmp_path / "hf"))  # not empty
+
+
+def test_nothing_is_replaced_in_passing(capsys, tiny_data, tmp_path):
+    """Red if _check_new is not called: another tokenizer would take the place of the data's."""
+    before = (tiny_data.parent / "tokenizer" / "tokenizer.model").read_bytes()
+    corpus = str(tiny_data.parent / "code.jsonl")
+    out = f"--out={tiny_data.parent / 'tokenizer'}"
+    assert "exists" in fails(capsys, "data", "tokenizer", corpus, out, "--vocab_size=300")
+    assert (tiny_data.parent / "tokenizer" / "tokenizer.model").read_bytes() == before
+    assert "exists" in fails(capsys, "data", "corpus", str(tiny_data))
+    assert "File exists" in fails(capsys, "data", "corpus", f"{corpus}/below")
 
 
 def test_jsonl(capsys, run, tmp_path):

@@ -37,7 +37,7 @@ def test_free_size_takes_what_is_left():
 
 def test_mesh_that_does_not_multiply():
     """Red if resolve_mesh accepts any product."""
-    with pytest.raises(ConfigError, match=r"fsdp=3.*there are 8.*legal sizes: 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"fsdp=3.*there are 8 devices.*legal sizes: 1, 2, 4, 8"):
         sharding.make_mesh(MeshConfig(fsdp=3))
     with pytest.raises(ConfigError, match=r"tensor=3.*there are 8"):
         sharding.make_mesh(MeshConfig(fsdp=-1, tensor=3))

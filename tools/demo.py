@@ -18,7 +18,7 @@ from rich.table import Table
 
 CODE_PROMPT = "def read_lines(path):\n"
 TEXT_PROMPT = "The purpose of this module is"
-STEPS = 180
+STEPS = 220
 
 
 def main() -> int:
@@ -79,7 +79,7 @@ def main() -> int:
     seconds["train, first part"] = train_until(console, train, Path(run), options.steps // 2)
     lemur("train, resumed", *train)
     lemur("convert", "convert", run, hf, "--to=hf")
-    sampling = ("--temperature=0.7", "--top_p=0.9", "--repetition_penalty=1.2", "--seed=1")
+    sampling = ("--temperature=0.5", "--top_p=0.9", "--repetition_penalty=1.1", "--seed=1")
     code_sample = (f"--prompt={CODE_PROMPT}", "--max_new_tokens=96", *sampling)
     code = lemur("sample", "sample", run, *code_sample)
     lemur(

@@ -31,6 +31,7 @@ zarr2, not zarr3: same speed and file count, and Orbax validates only zarr2 afte
 Importing this package costs what `import orbax.checkpoint` costs (about 2.8 s, 2.5 s of it JAX).
 """
 
+from lemur_jax.checkpoint.keep import set_aside
 from lemur_jax.checkpoint.manifest import (
     CHECKPOINTS,
     FORMAT_VERSION,
@@ -66,4 +67,5 @@ __all__ = [
     "resolve",
     "restore",
     "restore_latest",
+    "set_aside",
 ]

@@ -6,7 +6,30 @@ from collections.abc import Callable
 
 from etils import epath
 
-from lemur_jax.checkpoint.manifest import MANIFEST, complete_steps, list_directory, step_of
+from lemur_jax.checkpoint.manifest import (
+    MANIFEST,
+    absolute,
+    complete_steps,
+    list_directory,
+    step_of,
+)
+
+
+def set_aside(directory: epath.PathLike, after: int, report: Callable[[str], None]) -> None:
+    """Renames the complete checkpoints of steps beyond `after`, which a resume has passed over.
+
+    They were found damaged. Under their own names they would count into the keep policy and push
+    out sound ones; nothing of them is deleted. Call it in one process only.
+    """
+    directory = absolute(directory)
+    for step in complete_steps(directory):
+        if step > after:
+            aside = directory / f"{step}.damaged"
+            if "://" in str(directory) or aside.exists():
+                report(f"checkpoint {directory / str(step)} is damaged: remove it by hand")
+                continue
+            (directory / str(step)).rename(aside)
+            report(f"damaged checkpoint {step} now lies in {aside}; it counts no more")
 
 
 class Keeper:

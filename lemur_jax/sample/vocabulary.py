@@ -38,26 +38,16 @@ def only_largest(logits_BV: jax.Array) -> jax.Array:
 
 
 def categorical(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Draws by the inverse of the cumulative distribution: one uniform number for each row.
+    """Draws by the Gumbel maximum: V random numbers for each row.
 
-    0.06 ms; the Gumbel maximum needs V random numbers and takes 1.0. A uniform float32 has 23
-    bits, so probabilities are honoured to 1e-7, which is how well float32 logits know them.
+    It costs 1.0 ms at V=32000, where inverting the cumulative distribution takes 0.06. But there a
+    token changes whenever its uniform number lies near any of V boundaries, so that rounding in
+    another batch size changed about one token in 2,400 (measured); here only when the two largest
+    sums nearly tie. A row must not depend on its batch-mates.
     """
-    uniform_B1 = jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys_B)
-    mass_BNC = _blocks(jnp.exp(logits_BV - logits_BV.max(-1, keepdims=True)), 0.0)
-    upto_BN = jnp.cumsum(mass_BNC.sum(-1), axis=-1)
-    target_B1 = uniform_B1 * upto_BN[:, -1:]
-    # The first block whose end lies beyond the target, and the mass before it.
-    block_B1 = jnp.sum(upto_BN <= target_B1, axis=-1, keepdims=True)
-    before_B1 = jnp.max(jnp.where(upto_BN <= target_B1, upto_BN, 0.0), axis=-1, keepdims=True)
-    mass_BC = _pick(mass_BNC, block_B1)
-    column_C = jnp.arange(_BLOCK)
-    # Only columns with mass may be drawn, however the sums were rounded: if none of them passes
-    # the target, the last.
-    passes = (jnp.cumsum(mass_BC, axis=-1) + before_B1 > target_B1) & (mass_BC > 0)
-    first_B1 = jnp.min(jnp.where(passes, column_C, _BLOCK), axis=-1, keepdims=True)
-    last_B1 = jnp.max(jnp.where(mass_BC > 0, column_C, 0), axis=-1, keepdims=True)
-    return (block_B1 * _BLOCK + jnp.minimum(first_B1, last_B1))[:, 0].astype(jnp.int32)
+    vocab = logits_BV.shape[1]
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,), jnp.float32))(keys_B)
+    return first_largest(logits_BV + noise_BV)[:, 0]
 
 
 def ordered(x: jax.Array) -> jax.Array:

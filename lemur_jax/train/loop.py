@@ -93,6 +93,8 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     begun = saved.starting_state(config, transform, mesh, pipeline, report)
     state = begun.state
     first_step = int(state.step)
+    if first_step >= config.steps:
+        report(f"nothing to do: step {first_step} of TrainConfig.steps={config.steps} is done")
     if primary:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.gin").write_text(operative_config)

@@ -67,6 +67,7 @@ def about(config: TrainConfig, pipeline: Pipeline, start: Start, step: int) -> d
         "model": dataclasses.asdict(config.model),
         "data": pipeline.position(step),
         "tokenizer_fingerprint": pipeline.tokenizer_fingerprint,
+        "optimizer": config.optimizer.name,
     } | ({"hf_extras": start.hf_extras} if start.hf_extras else {})
 
 
@@ -99,17 +100,28 @@ def starting_state(
     if checkpoint.complete_steps(directory):
         newest = checkpoint.describe(checkpoint.resolve(directory))
         _check_same_model(model_config(newest.about["model"]), config.model, config.run_dir)
+        optimizer = newest.about["optimizer"]
+        if optimizer != config.optimizer.name:
+            raise ConfigError(
+                [
+                    f"OptimizerConfig.name={config.optimizer.name!r}, but the checkpoints in "
+                    f"{config.run_dir} have the state of {optimizer!r}: set it back, or start a "
+                    "new run with TrainConfig.init_from"
+                ]
+            )
         items = to_items(like)
         targets = {name: leaf for item in items.values() for name, leaf in item.items()}
         step_dir, arrays = checkpoint.restore_latest(directory, ITEMS, targets, report=report)
         found = checkpoint.describe(step_dir)
         pipeline.check_position(found.about["data"])
+        if jax.process_index() == 0:
+            checkpoint.set_aside(directory, found.step, report)
         report(f"resumed from {step_dir} at step {found.step}, all digests verified")
         return Start(from_items(like, arrays), *_carried(step_dir))
     # 2. The parameters of `init_from`; optimizer state and data position start fresh.
     if config.init_from is not None:
         model, source = load_model(config.init_from, mesh=mesh, config=config.model)
-        _check_tokenizer(Path(source), pipeline, config.init_from)
+        _check_tokenizer(Path(source), pipeline, config.init_from, report)
         report(f"parameters from {source}; optimizer and data position start fresh")
         return Start(state_from_model(model, transform, mesh), *_carried(source))
     # 3. Random weights.
@@ -124,13 +136,17 @@ def _carried(path: Any) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     return extras, {name: data for name, data in found.items() if name.startswith(prefix)}
 
 
-def _check_tokenizer(source: Path, pipeline: Pipeline, name: str) -> None:
+def _check_tokenizer(
+    source: Path, pipeline: Pipeline, name: str, report: Callable[[str], None]
+) -> None:
     """The data must be tokenised as the weights were: ids mean nothing else."""
     of_ours = source / hf.TOKENIZER_DIR
     directory = of_ours if of_ours.is_dir() else source
     if any((directory / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         fingerprint = Tokenizer.load(directory).fingerprint
         pipeline.check_tokenizer(fingerprint, f"TrainConfig.init_from={name!r}")
+    else:
+        report(f"WARNING: {source} has no tokenizer, so that of the data could not be checked")
 
 
 def _check_same_model(stored: ModelConfig, asked: ModelConfig, run_dir: str) -> None:

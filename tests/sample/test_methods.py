@@ -150,7 +150,7 @@ def test_greedy_is_the_first_largest(logits, seen):
 
 
 def test_draws_follow_the_distribution():
-    """Red if the mass before the block is not added in `categorical` (chi-square test)."""
+    """Red if `categorical` subtracts the noise, or scales it (chi-square test)."""
     draws, vocab = 20_000, 300
     logits = np.random.default_rng(4).normal(0, 1, vocab).astype(np.float32)
     logits[::3] = -np.inf  # 200 tokens are left

@@ -116,7 +116,7 @@ def test_resume_on_another_mesh_continues_the_same_run(whole_run, tiny_data, tmp
 
 
 def test_a_damaged_latest_checkpoint_is_passed_over_loudly(tiny_data, tmp_path, capsys):
-    """Red if restore_latest took the newest complete checkpoint without verifying it."""
+    """Red if restore_latest did not verify, or set_aside did not rename what it passed over."""
     run = config(tmp_path, tiny_data)
     loop.train(run, "")
     data_files = sorted(
@@ -130,6 +130,9 @@ def test_a_damaged_latest_checkpoint_is_passed_over_loudly(tiny_data, tmp_path, 
     out = capsys.readouterr().out.replace("\n", " ")
     assert "checkpoint 8 is passed over" in out
     assert "at step 4" in out
+    # It counts no more when the keep policy looks, and is not deleted either; 8 was saved anew.
+    assert checkpoint.complete_steps(tmp_path / "checkpoints") == [4, 8, 9]
+    assert (tmp_path / "checkpoints" / "8.damaged" / "manifest.json").exists()
 
 
 def test_other_data_or_model_is_refused(whole_run, tiny_data):
@@ -137,6 +140,11 @@ def test_other_data_or_model_is_refused(whole_run, tiny_data):
     run = config(whole_run, tiny_data, steps=9)
     other = dataclasses.replace(run, data=dataclasses.replace(run.data, seed=1))
     with pytest.raises(ConfigError, match="seed"):
+        loop.train(other, "")
+    other = dataclasses.replace(
+        run, optimizer=OptimizerConfig(peak_learning_rate=1e-3, name="adafactor")
+    )
+    with pytest.raises(ConfigError, match="name='adafactor', but the checkpoints .* 'adamw'"):
         loop.train(other, "")
     other = dataclasses.replace(run, model=dataclasses.replace(MODEL, norm_eps=1e-6))
     with pytest.raises(ConfigError, match="norm_eps=1e-06, but the checkpoints .* 1e-05"):
