@@ -28,7 +28,7 @@ jitted = jax.jit(attention, static_argnames=("packed", "scale", "implementation"
 def small_blocks(monkeypatch):
     """40 tokens make 5 blocks in 3 runs: two of two blocks and one of one."""
     monkeypatch.setattr(chunked, "QUERY_BLOCK", SMALL_BLOCK)
-    monkeypatch.setattr(chunked, "PREFIXES", 3)
+    monkeypatch.setattr(chunked, "RUNS", 3)
 
 
 def packed_rows(*lengths_of_rows, T):
@@ -268,7 +268,7 @@ def test_chunked_memory_is_linear_in_the_length(monkeypatch):
     """Red when: QUERY_BLOCK grows with T, or a backward pass saves probabilities."""
 
     monkeypatch.setattr(chunked, "QUERY_BLOCK", 128)
-    monkeypatch.setattr(chunked, "PREFIXES", 8)
+    monkeypatch.setattr(chunked, "RUNS", 8)
 
     def temporary_bytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, h, 8), jnp.float32) for h in (4, 2, 2)]
