@@ -1,0 +1,250 @@
+"""The backward kernel for TPUs: dq, dk and dv in one pass over the list of block pairs.
+
+The probabilities are recomputed from the log-sum-exp (FlashAttention-2, arXiv:2307.08691, section
+3.1.2): five products for each pair of blocks, and no running maximum. Scores are held keys first,
+as in the forward kernel.
+
+The list runs by query block. dq of the block gathers in fast memory; so do dk and dv of *all* keys
+of a kv head, which grouped queries make small (S D numbers for G heads): no partial sums go
+through HBM and no pair is computed twice. Keys that do not fit are taken in spans, one call each,
+between which dq is carried in f32.
+
+Axis key: T and S all queries and all keys of the batch, row after row; H heads, K kv heads,
+G = H / K, D head dim; C block of keys, Q block of queries, h heads and n kv heads of one step.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lemur_kernels.attention import steps as st
+from lemur_kernels.attention.mask import Options
+from lemur_kernels.attention.tpu_forward import (
+    KINDS,
+    NN,
+    NT,
+    Tiling,
+    div,
+    dot,
+    exponents,
+    kinds_of,
+    kv_heads_per_step,
+    mark_specs,
+    mask_tile,
+    softmax_scale,
+    tiles,
+)
+
+
+def _kernel(
+    places, actions, q_ref, k_ref, kt_ref, v_ref, out_ref, dout_ref, lse_ref, *refs,
+    options: Options, tiling: Tiling, marks: int, group: int, row_blocks: int,
+):  # fmt: skip
+    mark_refs, refs = refs[:marks], refs[marks:]
+    dq_ref, dk_ref, dv_ref, dq_acc, dk_acc, dv_acc, delta_ref = refs
+    action, place = actions[pl.program_id(1)], places[pl.program_id(1)]
+    block = tiling.block
+    first_block = st.key_block(place) - st.row(action) * row_blocks
+    first_index = pl.multiple_of(first_block * block, block)
+    group = min(group, tiling.heads)
+
+    @pl.when(st.opens_row(action))
+    def _():
+        def one_block(i, _):
+            with jax.named_scope("open"):
+                keys = pl.ds(pl.multiple_of(i * block, block), block)
+                dk_acc[:, keys] = jnp.zeros((dk_acc.shape[0], block, dk_acc.shape[2]), jnp.float32)
+                dv_acc[:, keys] = jnp.zeros((dv_acc.shape[0], block, dv_acc.shape[2]), jnp.float32)
+            return 0
+
+        lax.fori_loop(0, row_blocks, one_block, 0)
+
+    @pl.when(st.is_first(action))
+    def _():
+        def one_head(head, _):
+            with jax.named_scope("start"):
+                out_QD = out_ref[head].astype(jnp.float32) * dout_ref[head].astype(jnp.float32)
+                delta_ref[head] = out_QD.T.sum(0, keepdims=True)
+                if not options.packed:  # packed rows meet their diagonal first, which writes
+                    dq_acc[head] = jnp.zeros(dq_acc.shape[1:], jnp.float32)
+            return 0
+
+        lax.fori_loop(0, tiling.heads, one_head, 0)
+
+    def attend(kind):
+        on_diagonal = kind in (st.DIAGONAL, st.CORNER)
+        depth = tiling.diagonal_depth if on_diagonal else tiling.depth
+
+        def some_heads(step, _):
+            with jax.named_scope(KINDS[kind]):
+                work = [
+                    (step * tiling.unroll + u, tile)
+                    for u in range(tiling.unroll)
+                    for tile in tiles(tiling, on_diagonal)
+                ]
+
+                def products(item):
+                    head, t = item
+                    keys, queries = slice(t.k, t.k + t.keys), slice(t.q, t.q + t.queries)
+                    s_CQ = dot(k_ref[div(head, group), keys], q_ref[head, queries], NT)
+                    dp_CQ = dot(v_ref[div(head, group), keys], dout_ref[head, queries], NT)
+                    return s_CQ, dp_CQ
+
+                ahead = [products(item) for item in work[:depth]]
+                for i, (head, t) in enumerate(work):
+                    if i + depth < len(work):
+                        ahead.append(products(work[i + depth]))
+                    s_CQ, dp_CQ = ahead.pop(0)
+                    queries = slice(t.q, t.q + t.queries)
+                    s_CQ = exponents(s_CQ, options)
+                    p_CQ = jnp.exp2(
+                        mask_tile(s_CQ, t, kind, mark_refs, first_index, options)
+                        - lse_ref[head, :, queries]
+                    )
+                    ds_CQ = p_CQ * (dp_CQ - delta_ref[head, :, queries])
+                    if options.soft_cap is not None:  # d tanh(x) = 1 - tanh(x)^2
+                        ds_CQ *= 1 - jnp.square(s_CQ / softmax_scale(options))
+                    p_CQ, ds_CQ = p_CQ.astype(q_ref.dtype), ds_CQ.astype(q_ref.dtype)
+                    kv = div(head, group)
+                    keys = pl.ds(first_index + t.k, t.keys)
+                    dv_acc[kv, keys] += dot(p_CQ, dout_ref[head, queries], NN)
+                    dk_acc[kv, keys] += dot(ds_CQ, q_ref[head, queries], NN)
+                    dq_DQ = dot(kt_ref[kv, :, t.k : t.k + t.keys], ds_CQ, NN)
+                    if options.packed and on_diagonal and t.k == 0:
+                        dq_acc[head, :, queries] = dq_DQ
+                    else:
+                        dq_acc[head, :, queries] += dq_DQ
+            return 0
+
+        lax.fori_loop(0, tiling.heads // tiling.unroll, some_heads, 0)
+
+    for kind in kinds_of(options):
+
+        @pl.when(st.kind(action) == kind)
+        def _(kind=kind):
+            attend(kind)
+
+    @pl.when(st.kind(action) == st.EMPTY)
+    def _():
+        def one_head(head, _):
+            with jax.named_scope("empty"):
+                dq_ref[head] = jnp.zeros(dq_ref.shape[1:], dq_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, tiling.heads, one_head, 0)
+
+    @pl.when(st.is_last(action) & (st.kind(action) != st.EMPTY))
+    def _():
+        def one_head(head, _):
+            with jax.named_scope("finish"):
+                dq_ref[head] = (dq_acc[head] * options.scale).T.astype(dq_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, tiling.heads, one_head, 0)
+
+    @pl.when(st.closes_row(action))
+    def _():
+        def one_block(i, _):
+            with jax.named_scope("close"):
+                keys = pl.ds(pl.multiple_of(i * block, block), block)
+                dk_ref[:, keys] = (dk_acc[:, keys] * options.scale).astype(dk_ref.dtype)
+                dv_ref[:, keys] = dv_acc[:, keys].astype(dv_ref.dtype)
+            return 0
+
+        lax.fori_loop(0, row_blocks, one_block, 0)
+
+
+def backward(
+    q_HTD, k_KSD, kt_KDS, v_KSD, out_HTD, dout_HTD, lse_H1T, marks, kinds, options: Options,
+    tiling: Tiling, *, chains: int, row_tokens: int, interpret=False,
+):  # fmt: skip
+    """(dq_HTD, dk_KSD, dv_KSD) in the inputs' dtype.
+
+    `lse_H1T` is in base 2, inf where padded. `chains`: parallel runs over the list, n kv heads
+    each; more than K / n of them split the group of a kv head, and their dk and dv are added up
+    here. `row_tokens`: keys of one row, whole blocks.
+    """
+    H, T, D = q_HTD.shape
+    K, S = k_KSD.shape[:2]
+    h, group, block = tiling.heads, H // K, tiling.block
+    n = kv_heads_per_step(h, group)
+    parts = H // (chains * h)
+    steps = st.steps(*kinds, packed=options.packed, parts=parts)
+
+    def head_block(chain, e, actions):
+        return chain * parts + st.part(actions[e])
+
+    def kv_head(chain, e, actions):
+        return div(div(head_block(chain, e, actions) * h, group), n)
+
+    def q_index(chain, e, places, actions):
+        return head_block(chain, e, actions), st.query_block(places[e]), 0
+
+    def lse_index(chain, e, places, actions):
+        return head_block(chain, e, actions), 0, st.query_block(places[e])
+
+    def kv_index(chain, e, places, actions):
+        return kv_head(chain, e, actions), st.key_block(places[e]), 0
+
+    def kt_index(chain, e, places, actions):
+        return kv_head(chain, e, actions), 0, st.key_block(places[e])
+
+    def dkv_index(chain, e, places, actions):
+        return chain, st.row(actions[e]), 0
+
+    q_spec = pl.BlockSpec((h, block, D), q_index)
+    kv_spec = pl.BlockSpec((n, block, D), kv_index)
+    # Written once a row: a second buffer would only hold memory.
+    dkv_spec = pl.BlockSpec((n, row_tokens, D), dkv_index, pipeline_mode=pl.Buffered(1))
+    kernel = functools.partial(
+        _kernel,
+        options=options,
+        tiling=tiling,
+        marks=len(marks),
+        group=group,
+        row_blocks=row_tokens // block,
+    )
+    split = max(1, chains * n // K)  # chains that share a kv head: their sums meet in f32
+    dkv = jax.ShapeDtypeStruct((chains * n, S, D), k_KSD.dtype if split == 1 else jnp.float32)
+    dq_HTD, dk_KSD, dv_KSD = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(chains, steps.count),
+            in_specs=[
+                q_spec,
+                kv_spec,
+                pl.BlockSpec((n, D, block), kt_index),
+                kv_spec,
+                q_spec,
+                q_spec,
+                pl.BlockSpec((h, 1, block), lse_index),
+                *mark_specs(options, block),
+            ],
+            out_specs=[q_spec, dkv_spec, dkv_spec],
+            scratch_shapes=[
+                pltpu.VMEM((h, D, block), jnp.float32),
+                pltpu.VMEM((n, row_tokens, D), jnp.float32),
+                pltpu.VMEM((n, row_tokens, D), jnp.float32),
+                pltpu.VMEM((h, 1, block), jnp.float32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q_HTD.shape, q_HTD.dtype), dkv, dkv],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiling.vmem_bytes
+        ),
+        interpret=interpret,
+        name="lemur_attention_backward",
+    )(
+        steps.places_E, steps.actions_E,
+        q_HTD, k_KSD, kt_KDS, v_KSD, out_HTD, dout_HTD, lse_H1T, *marks,
+    )  # fmt: skip
+    if split > 1:
+        dk_KSD, dv_KSD = (
+            x.reshape(K, split, S, D).sum(1).astype(k_KSD.dtype) for x in (dk_KSD, dv_KSD)
+        )
+    return dq_HTD, dk_KSD, dv_KSD
