@@ -70,6 +70,7 @@ def forward_heads_first(
         k_KSD,
         v_KSD.swapaxes(1, 2),
         marks(rows, options),
+        least_first_keys(rows, options, tiling.square),
         options=options,
         tiling=tiling,
         row_tokens=rows.kv_segments_BS.shape[1],
@@ -99,6 +100,7 @@ def backward_heads_first(
         dout_HTD,
         lse_H1T * LOG2_E,
         marks(rows, options),
+        least_first_keys(rows, options, tiling.square),
         st.kinds(rows, options, tiling.block),
         options,
         tiling,
@@ -145,6 +147,13 @@ def marks(rows: Rows, options: Options) -> list[jax.Array]:
     ]
 
 
+def least_first_keys(rows: Rows, options: Options, square: int) -> jax.Array:
+    """Least first key of each `square` queries, int32 [B T / square]; one 0 if not packed."""
+    if not options.packed:
+        return jnp.zeros(1, jnp.int32)
+    return st.first_keys(rows, options.window).reshape(-1, square).min(-1)
+
+
 def _unsafe_blocks(lse_H1T, segments_BT, block: int) -> jax.Array:
     """Blocks of queries with a sum out of range for some head, bool [B, Q]. NaN is unsafe."""
     unsafe_T = ~(jnp.abs(lse_H1T[:, 0] * LOG2_E) <= RANGE).all(0)
@@ -161,4 +170,4 @@ def choose(T, H, K, wide, backward=False, block=512, heads=None) -> Tiling:
     block = min(block, max(128, -(-T // 128) * 128))
     G = H // K
     heads = heads or (4 if backward else 8)
-    return Tiling(block=block, heads=min(heads, H), unroll=min(4, heads, H), strip=min(512,block), trapezoid=256 if wide else 128, depth=2, diagonal_depth=4, vmem_bytes=None)
+    return Tiling(block=block, heads=min(heads, H), unroll=min(4, heads, H), strip=min(512,block), trapezoid=256 if wide else 128, square=min(256,block), depth=2, diagonal_depth=4, vmem_bytes=None)

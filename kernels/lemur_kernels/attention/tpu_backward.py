@@ -24,24 +24,25 @@ from jax.experimental.pallas import tpu as pltpu
 from lemur_kernels.attention import steps as st
 from lemur_kernels.attention.mask import Options
 from lemur_kernels.attention.tpu_forward import (
-    KINDS,
     NN,
     NT,
+    Tile,
     Tiling,
+    all_heads,
     div,
     dot,
+    each_tile,
     exponents,
     kinds_of,
     kv_heads_per_step,
     mark_specs,
     mask_tile,
     softmax_scale,
-    tiles,
 )
 
 
 def _kernel(
-    places, actions, q_ref, k_ref, kt_ref, v_ref, out_ref, dout_ref, lse_ref, *refs,
+    places, actions, first_keys, q_ref, k_ref, kt_ref, v_ref, out_ref, dout_ref, lse_ref, *refs,
     options: Options, tiling: Tiling, marks: int, group: int, row_blocks: int,
 ):  # fmt: skip
     mark_refs, refs = refs[:marks], refs[marks:]
@@ -75,52 +76,35 @@ def _kernel(
 
         lax.fori_loop(0, tiling.heads, one_head, 0)
 
+    def products(head, t: Tile):
+        kv, keys, queries = div(head, group), t.key_slice, t.query_slice
+        s_CQ = dot(k_ref[kv, keys], q_ref[head, queries], NT)
+        return s_CQ, dot(v_ref[kv, keys], dout_ref[head, queries], NT)
+
+    def gather(kind, head, t: Tile, s_and_dp):
+        s_CQ, dp_CQ = s_and_dp
+        kv, queries = div(head, group), t.query_slice
+        s_CQ = exponents(s_CQ, options)
+        masked_CQ = mask_tile(s_CQ, t, kind, mark_refs, first_index, options)
+        p_CQ = jnp.exp2(masked_CQ - lse_ref[head, :, queries])
+        ds_CQ = p_CQ * (dp_CQ - delta_ref[head, :, queries])
+        if options.soft_cap is not None:  # d tanh(x) = 1 - tanh(x)^2
+            ds_CQ *= 1 - jnp.square(s_CQ / softmax_scale(options))
+        p_CQ, ds_CQ = p_CQ.astype(q_ref.dtype), ds_CQ.astype(q_ref.dtype)
+        keys = pl.ds(pl.multiple_of(first_index + t.k, 128), t.keys)
+        dv_acc[kv, keys] += dot(p_CQ, dout_ref[head, queries], NN)
+        dk_acc[kv, keys] += dot(ds_CQ, q_ref[head, queries], NN)
+        dq_DQ = dot(kt_ref[kv, :, t.key_slice], ds_CQ, NN)
+        if options.packed and t.writes:
+            dq_acc[head, :, queries] = dq_DQ
+        else:
+            dq_acc[head, :, queries] += dq_DQ
+
     def attend(kind):
-        on_diagonal = kind in (st.DIAGONAL, st.CORNER)
-        depth = tiling.diagonal_depth if on_diagonal else tiling.depth
+        def visit(tiles, scope):
+            all_heads(scope, tiling, kind, tiles, products, functools.partial(gather, kind))
 
-        def some_heads(step, _):
-            with jax.named_scope(KINDS[kind]):
-                work = [
-                    (step * tiling.unroll + u, tile)
-                    for u in range(tiling.unroll)
-                    for tile in tiles(tiling, on_diagonal)
-                ]
-
-                def products(item):
-                    head, t = item
-                    keys, queries = slice(t.k, t.k + t.keys), slice(t.q, t.q + t.queries)
-                    s_CQ = dot(k_ref[div(head, group), keys], q_ref[head, queries], NT)
-                    dp_CQ = dot(v_ref[div(head, group), keys], dout_ref[head, queries], NT)
-                    return s_CQ, dp_CQ
-
-                ahead = [products(item) for item in work[:depth]]
-                for i, (head, t) in enumerate(work):
-                    if i + depth < len(work):
-                        ahead.append(products(work[i + depth]))
-                    s_CQ, dp_CQ = ahead.pop(0)
-                    queries = slice(t.q, t.q + t.queries)
-                    s_CQ = exponents(s_CQ, options)
-                    p_CQ = jnp.exp2(
-                        mask_tile(s_CQ, t, kind, mark_refs, first_index, options)
-                        - lse_ref[head, :, queries]
-                    )
-                    ds_CQ = p_CQ * (dp_CQ - delta_ref[head, :, queries])
-                    if options.soft_cap is not None:  # d tanh(x) = 1 - tanh(x)^2
-                        ds_CQ *= 1 - jnp.square(s_CQ / softmax_scale(options))
-                    p_CQ, ds_CQ = p_CQ.astype(q_ref.dtype), ds_CQ.astype(q_ref.dtype)
-                    kv = div(head, group)
-                    keys = pl.ds(first_index + t.k, t.keys)
-                    dv_acc[kv, keys] += dot(p_CQ, dout_ref[head, queries], NN)
-                    dk_acc[kv, keys] += dot(ds_CQ, q_ref[head, queries], NN)
-                    dq_DQ = dot(kt_ref[kv, :, t.k : t.k + t.keys], ds_CQ, NN)
-                    if options.packed and on_diagonal and t.k == 0:
-                        dq_acc[head, :, queries] = dq_DQ
-                    else:
-                        dq_acc[head, :, queries] += dq_DQ
-            return 0
-
-        lax.fori_loop(0, tiling.heads // tiling.unroll, some_heads, 0)
+        each_tile(kind, tiling, first_keys, place, first_index, visit)
 
     for kind in kinds_of(options):
 
@@ -141,7 +125,7 @@ def _kernel(
     def _():
         def one_head(head, _):
             with jax.named_scope("finish"):
-                dq_ref[head] = (dq_acc[head] * options.scale).T.astype(dq_ref.dtype)
+                dq_ref[head] = (dq_acc[head] * options.scale).astype(dq_ref.dtype).T
             return 0
 
         lax.fori_loop(0, tiling.heads, one_head, 0)
@@ -159,7 +143,7 @@ def _kernel(
 
 
 def backward(
-    q_HTD, k_KSD, kt_KDS, v_KSD, out_HTD, dout_HTD, lse_H1T, marks, kinds, options: Options,
+    q_HTD, k_KSD, kt_KDS, v_KSD, out_HTD, dout_HTD, lse_H1T, marks, first_keys, kinds, options: Options,
     tiling: Tiling, *, chains: int, row_tokens: int, interpret=False,
 ):  # fmt: skip
     """(dq_HTD, dk_KSD, dv_KSD) in the inputs' dtype.
@@ -181,19 +165,19 @@ def backward(
     def kv_head(chain, e, actions):
         return div(div(head_block(chain, e, actions) * h, group), n)
 
-    def q_index(chain, e, places, actions):
+    def q_index(chain, e, places, actions, *_):
         return head_block(chain, e, actions), st.query_block(places[e]), 0
 
-    def lse_index(chain, e, places, actions):
+    def lse_index(chain, e, places, actions, *_):
         return head_block(chain, e, actions), 0, st.query_block(places[e])
 
-    def kv_index(chain, e, places, actions):
+    def kv_index(chain, e, places, actions, *_):
         return kv_head(chain, e, actions), st.key_block(places[e]), 0
 
-    def kt_index(chain, e, places, actions):
+    def kt_index(chain, e, places, actions, *_):
         return kv_head(chain, e, actions), 0, st.key_block(places[e])
 
-    def dkv_index(chain, e, places, actions):
+    def dkv_index(chain, e, places, actions, *_):
         return chain, st.row(actions[e]), 0
 
     q_spec = pl.BlockSpec((h, block, D), q_index)
@@ -213,7 +197,7 @@ def backward(
     dq_HTD, dk_KSD, dv_KSD = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(chains, steps.count),
             in_specs=[
                 q_spec,
@@ -240,7 +224,7 @@ def backward(
         interpret=interpret,
         name="lemur_attention_backward",
     )(
-        steps.places_E, steps.actions_E,
+        steps.places_E, steps.actions_E, first_keys,
         q_HTD, k_KSD, kt_KDS, v_KSD, out_HTD, dout_HTD, lse_H1T, *marks,
     )  # fmt: skip
     if split > 1:

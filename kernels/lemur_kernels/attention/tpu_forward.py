@@ -29,6 +29,13 @@ MASKED_SCORE = -1e30  # exp2 of it is 0 whatever finite number is subtracted
 LOWEST_MAXIMUM = -1e29  # above MASKED_SCORE: a row with nothing visible yet keeps probability 0
 NT = (((1,), (1,)), ((), ()))  # x y^T
 NN = (((1,), (0,)), ((), ()))  # x y
+KINDS = {
+    st.FULL: "full",
+    st.DIAGONAL: "diagonal",
+    st.EDGE: "edge",
+    st.CORNER: "corner",
+    st.MASKED: "masked",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +47,10 @@ class Tiling:
     unroll: heads whose code is interleaved in the body of the loop over heads.
     strip: queries (and keys) of a tile of scores in a full block.
     trapezoid: queries of a tile on the diagonal; keys after its last query are not computed.
-    depth, diagonal_depth: tiles whose scores are computed ahead of their use.
+    square: queries and keys of a tile where documents begin or end: tiles with nothing visible
+      are skipped at run time.
+    depth, diagonal_depth: tiles whose scores are computed ahead of their use, in full blocks and
+      in all others.
     vmem_bytes: limit on the kernel's fast memory; None is the compiler's own.
     split: backward, runs that share a kv head: 2 keeps both cores of a chip busy with one kv head.
     """
@@ -50,6 +60,7 @@ class Tiling:
     unroll: int
     strip: int
     trapezoid: int
+    square: int
     depth: int
     diagonal_depth: int
     vmem_bytes: int | None = None
@@ -60,17 +71,27 @@ class Tiling:
 class Tile:
     """Queries [q, q + queries) against keys [k, k + keys) of a pair of blocks.
 
-    `diagonal`: the last `queries` keys are the queries themselves.
+    `q` and `k` may be known at run time only. `diagonal`: the last `queries` keys are the queries
+    themselves. `writes`: the first tile of these queries, whose results replace what is there.
     """
 
-    q: int
+    q: int | jax.Array
     queries: int
-    k: int
+    k: int | jax.Array
     keys: int
     diagonal: bool
+    writes: bool
+
+    @property
+    def query_slice(self):
+        return pl.ds(self.q, self.queries)
+
+    @property
+    def key_slice(self):
+        return pl.ds(self.k, self.keys)
 
 
-def tiles(tiling: Tiling, diagonal: bool) -> list[Tile]:
+def static_tiles(tiling: Tiling, diagonal: bool) -> list[Tile]:
     """The tiles of a pair of blocks; of one on the diagonal only those with something visible."""
     width = tiling.trapezoid if diagonal else tiling.strip
     out = []
@@ -78,8 +99,46 @@ def tiles(tiling: Tiling, diagonal: bool) -> list[Tile]:
         end = q + width if diagonal else tiling.block
         for k in range(0, end, tiling.strip):
             keys = min(tiling.strip, end - k)
-            out.append(Tile(q, width, k, keys, diagonal and k + keys == end))
+            out.append(Tile(q, width, k, keys, diagonal and k + keys == end, diagonal and k == 0))
     return out
+
+
+def each_tile(kind: int, tiling: Tiling, first_keys, place, first_index, visit):
+    """Calls `visit(list of tiles, name of the region)` for all tiles of a pair of blocks that hold something visible.
+
+    Full blocks and single documents on the diagonal are one static list. Where documents begin
+    or end inside the pair, the tiles are squares, found at run time.
+
+    Args:
+      first_keys: ref in scalar memory, least first key of each square's queries in its row.
+      first_index: the row's index of the block's first key.
+    """
+    if kind in (st.FULL, st.DIAGONAL, st.MASKED):
+        visit(static_tiles(tiling, kind == st.DIAGONAL), KINDS[kind])
+        return
+    side = tiling.square
+    squares = tiling.block // side
+
+    name = KINDS[kind]
+
+    def strip(r, _):
+        with jax.named_scope(f"{name}_strip"):
+            q = pl.multiple_of(r * side, side)
+            first = first_keys[st.query_block(place) * squares + r] - first_index
+            start = lax.shift_right_logical(jnp.maximum(first, 0), jnp.int32(side.bit_length() - 1))
+            end = r if kind == st.CORNER else squares
+            if kind == st.CORNER:  # meets the strip's queries for the first time
+                visit([Tile(q, side, q, side, True, True)], name)
+            lax.fori_loop(start, end, functools.partial(square, q), 0)
+        return 0
+
+    def square(q, c, _):
+        with jax.named_scope(f"{name}_squares"):
+            k = pl.multiple_of(c * side, side)
+            visit([Tile(q, side, k, side, False, False)], f"{name}_square")
+        return 0
+
+    lax.fori_loop(0, squares, strip, 0)
 
 
 def dot(x, y, dimensions):
@@ -107,14 +166,14 @@ def mask_tile(s_CQ, tile: Tile, kind: int, marks, first_index, options: Options)
     """
     if kind in (st.EDGE, st.CORNER):
         key_CQ = tile.k + lax.broadcasted_iota(jnp.int32, s_CQ.shape, 0)
-        first_1Q = marks[0][:, tile.q : tile.q + tile.queries] - first_index
+        first_1Q = marks[0][:, tile.query_slice] - first_index
         s_CQ = jnp.where(key_CQ >= first_1Q, s_CQ, MASKED_SCORE)
     if kind == st.MASKED:
         q_segments, q_positions, kv_segments, kv_positions = marks
-        columns = slice(tile.q, tile.q + tile.queries)
+        columns = tile.query_slice
 
         def across(ref):  # [C, 128] -> [C, queries]: equal lanes, so tiling them is free
-            wide = [ref[tile.k : tile.k + tile.keys]] * -(-tile.queries // 128)
+            wide = [ref[tile.key_slice]] * -(-tile.queries // 128)
             return jnp.concatenate(wide, 1)[:, : tile.queries]
 
         positions_1Q, positions_CQ = q_positions[:, columns], across(kv_positions)
@@ -122,7 +181,7 @@ def mask_tile(s_CQ, tile: Tile, kind: int, marks, first_index, options: Options)
         if options.window is not None:
             visible &= positions_1Q - positions_CQ < options.window
         s_CQ = jnp.where(visible, s_CQ, MASKED_SCORE)
-    if tile.diagonal and kind in (st.DIAGONAL, st.CORNER):
+    if tile.diagonal:
         above = tile.keys - tile.queries
         square = s_CQ[above:]
         seen = lax.broadcasted_iota(jnp.int32, square.shape, 0) <= lax.broadcasted_iota(
@@ -133,13 +192,25 @@ def mask_tile(s_CQ, tile: Tile, kind: int, marks, first_index, options: Options)
     return s_CQ
 
 
-KINDS = {
-    st.FULL: "full",
-    st.DIAGONAL: "diagonal",
-    st.EDGE: "edge",
-    st.CORNER: "corner",
-    st.MASKED: "masked",
-}
+def all_heads(scope: str, tiling: Tiling, kind: int, tiles: list[Tile], products, gather):
+    """Runs `gather(head, tile, products(head, tile))` for every head and tile.
+
+    The matrix unit works on the products of tiles to come while the vector unit works on this
+    tile's exponents: the compiler keeps the order of the source.
+    """
+    depth = tiling.depth if kind == st.FULL else tiling.diagonal_depth
+
+    def some_heads(step, _):
+        with jax.named_scope(scope):
+            work = [(step * tiling.unroll + u, tile) for u in range(tiling.unroll) for tile in tiles]
+            ahead = [products(*item) for item in work[:depth]]
+            for i, item in enumerate(work):
+                if i + depth < len(work):
+                    ahead.append(products(*work[i + depth]))
+                gather(*item, ahead.pop(0))
+        return 0
+
+    lax.fori_loop(0, tiling.heads // tiling.unroll, some_heads, 0)
 
 
 def kinds_of(options: Options) -> list[int]:
@@ -157,7 +228,7 @@ def kv_heads_per_step(heads: int, group: int) -> int:
 
 
 def _kernel(
-    places, actions, q_ref, k_ref, vt_ref, *refs, options: Options, tiling: Tiling, online: bool,
+    places, actions, first_keys, q_ref, k_ref, vt_ref, *refs, options: Options, tiling: Tiling, online: bool,
     marks: int, group: int, row_blocks: int,
 ):  # fmt: skip
     mark_refs, refs = refs[:marks], refs[marks:]
@@ -180,53 +251,37 @@ def _kernel(
                 if online:
                     max_ref[0][...] = jnp.full_like(max_ref[0], LOWEST_MAXIMUM)
 
+    def scores(head, t: Tile):
+        return dot(k_ref[div(head, group), t.key_slice], q_ref[head, t.query_slice], NT)
+
+    def gather(kind, head, t: Tile, s_CQ):
+        queries = t.query_slice
+        s_CQ = exponents(s_CQ, options)
+        s_CQ = mask_tile(s_CQ, t, kind, mark_refs, first_index, options)
+        if online:
+            old_1Q = max_ref[0][head, :, queries]
+            new_1Q = jnp.maximum(old_1Q, s_CQ.max(0, keepdims=True))
+            max_ref[0][head, :, queries] = new_1Q
+            shrink_1Q = jnp.exp2(old_1Q - new_1Q)
+            sum_ref[head, :, queries] *= shrink_1Q
+            acc_ref[head, :, queries] *= shrink_1Q
+            s_CQ -= new_1Q
+        p_CQ = jnp.exp2(s_CQ)
+        sum_8Q = p_CQ.reshape(t.keys // 8, 8, t.queries).sum(0)
+        vt_DC = vt_ref[div(head, group), :, t.key_slice]
+        out_DQ = dot(vt_DC, p_CQ.astype(vt_DC.dtype), NN)
+        if writes_first and t.writes:
+            sum_ref[head, :, queries] = sum_8Q
+            acc_ref[head, :, queries] = out_DQ
+        else:
+            sum_ref[head, :, queries] += sum_8Q
+            acc_ref[head, :, queries] += out_DQ
+
     def attend(kind):
-        on_diagonal = kind in (st.DIAGONAL, st.CORNER)
-        depth = tiling.diagonal_depth if on_diagonal else tiling.depth
+        def visit(tiles, scope):
+            all_heads(scope, tiling, kind, tiles, scores, functools.partial(gather, kind))
 
-        def some_heads(step, _):
-            with jax.named_scope(KINDS[kind]):
-                work = [
-                    (step * tiling.unroll + u, tile)
-                    for u in range(tiling.unroll)
-                    for tile in tiles(tiling, on_diagonal)
-                ]
-
-                def scores(item):
-                    head, t = item
-                    keys = k_ref[div(head, group), t.k : t.k + t.keys]
-                    return dot(keys, q_ref[head, t.q : t.q + t.queries], NT)
-
-                # The matrix unit works on the scores of tiles to come while the vector unit
-                # works on this one's exponents: the compiler keeps the order of the source.
-                ahead = [scores(item) for item in work[:depth]]
-                for i, (head, t) in enumerate(work):
-                    if i + depth < len(work):
-                        ahead.append(scores(work[i + depth]))
-                    queries = slice(t.q, t.q + t.queries)
-                    s_CQ = exponents(ahead.pop(0), options)
-                    s_CQ = mask_tile(s_CQ, t, kind, mark_refs, first_index, options)
-                    if online:
-                        old_1Q = max_ref[0][head, :, queries]
-                        new_1Q = jnp.maximum(old_1Q, s_CQ.max(0, keepdims=True))
-                        max_ref[0][head, :, queries] = new_1Q
-                        shrink_1Q = jnp.exp2(old_1Q - new_1Q)
-                        sum_ref[head, :, queries] *= shrink_1Q
-                        acc_ref[head, :, queries] *= shrink_1Q
-                        s_CQ -= new_1Q
-                    p_CQ = jnp.exp2(s_CQ)
-                    sum_8Q = p_CQ.reshape(t.keys // 8, 8, t.queries).sum(0)
-                    vt_DC = vt_ref[div(head, group), :, t.k : t.k + t.keys]
-                    out_DQ = dot(vt_DC, p_CQ.astype(vt_DC.dtype), NN)
-                    if writes_first and on_diagonal and t.k == 0:
-                        sum_ref[head, :, queries] = sum_8Q
-                        acc_ref[head, :, queries] = out_DQ
-                    else:
-                        sum_ref[head, :, queries] += sum_8Q
-                        acc_ref[head, :, queries] += out_DQ
-            return 0
-
-        lax.fori_loop(0, tiling.heads // tiling.unroll, some_heads, 0)
+        each_tile(kind, tiling, first_keys, place, first_index, visit)
 
     for kind in kinds_of(options):
 
@@ -251,7 +306,7 @@ def _kernel(
                 sum_1Q = sum_ref[head].sum(0, keepdims=True)
                 some_1Q = sum_1Q > 0
                 share_1Q = jnp.where(some_1Q, 1 / jnp.where(some_1Q, sum_1Q, 1), 0)
-                out_ref[head] = (acc_ref[head] * share_1Q).T.astype(out_ref.dtype)
+                out_ref[head] = (acc_ref[head] * share_1Q).astype(out_ref.dtype).T
                 exponent_1Q = jnp.log2(jnp.where(some_1Q, sum_1Q, 1))
                 if online:
                     exponent_1Q += max_ref[0][head]
@@ -264,10 +319,10 @@ def _kernel(
 def mark_specs(options: Options, block: int) -> list[pl.BlockSpec]:
     """Block specs of what the masks read: pallas_tpu.marks."""
 
-    def q_row(_, e, places, actions):
+    def q_row(_, e, places, *scalars):
         return 0, st.query_block(places[e])
 
-    def kv_column(_, e, places, actions):
+    def kv_column(_, e, places, *scalars):
         return st.key_block(places[e]), 0
 
     if options.packed:
@@ -276,7 +331,7 @@ def mark_specs(options: Options, block: int) -> list[pl.BlockSpec]:
 
 
 def forward(
-    q_HTD, k_KSD, vt_KDS, marks, *, steps: st.Steps, options: Options, tiling: Tiling,
+    q_HTD, k_KSD, vt_KDS, marks, first_keys, *, steps: st.Steps, options: Options, tiling: Tiling,
     row_tokens: int, earlier=None, interpret=False,
 ):  # fmt: skip
     """(out_HTD in q's dtype, lse_H1T f32) of the query blocks that `steps` names.
@@ -293,16 +348,16 @@ def forward(
     def kv_head(head):
         return div(div(head * h, group), n)
 
-    def q_index(head, e, places, actions):
+    def q_index(head, e, places, *scalars):
         return head, st.query_block(places[e]), 0
 
-    def k_index(head, e, places, actions):
+    def k_index(head, e, places, *scalars):
         return kv_head(head), st.key_block(places[e]), 0
 
-    def vt_index(head, e, places, actions):
+    def vt_index(head, e, places, *scalars):
         return kv_head(head), 0, st.key_block(places[e])
 
-    def lse_index(head, e, places, actions):
+    def lse_index(head, e, places, *scalars):
         return head, 0, st.query_block(places[e])
 
     q_spec = pl.BlockSpec((h, block, D), q_index)
@@ -316,7 +371,7 @@ def forward(
     arrays = [q_HTD, k_KSD, vt_KDS, *marks]
     aliases = {}
     if earlier is not None:
-        aliases = {2 + len(arrays) + i: i for i in range(2)}
+        aliases = {3 + len(arrays) + i: i for i in range(2)}
         specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
         arrays += earlier
     scratch = [
@@ -337,7 +392,7 @@ def forward(
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(H // h, steps.count),
             in_specs=specs,
             out_specs=[q_spec, lse_spec],
@@ -353,4 +408,4 @@ def forward(
         ),
         interpret=interpret,
         name="lemur_attention_online" if online else "lemur_attention_forward",
-    )(steps.places_E, steps.actions_E, *arrays)
+    )(steps.places_E, steps.actions_E, first_keys, *arrays)
