@@ -25,6 +25,7 @@ def region_counts(
     kind, needed = (np.asarray(x) for x in st.kinds(rows, options, tiling.block))
     blocks_of_heads = heads // tiling.heads
     loops = tiling.heads // tiling.unroll * blocks_of_heads
+    square_loops = tiling.heads // tiling.square_unroll * blocks_of_heads
     counts = {"grid": int(needed.sum()) * blocks_of_heads}
     for code in kinds_of(options):
         counts[KINDS[code]] = int((needed & (kind == code)).sum()) * loops
@@ -36,9 +37,9 @@ def region_counts(
             squares = _squares(rows, options, tiling, pairs, below_diagonal=code == st.CORNER)
             counts[f"{name}_strip"] = strips * blocks_of_heads
             counts[f"{name}_strip/{name}_squares"] = squares * blocks_of_heads
-            counts[f"{name}_strip/{name}_squares/{name}_square"] = squares * loops
+            counts[f"{name}_strip/{name}_squares/{name}_square"] = squares * square_loops
             if code == st.CORNER:
-                counts["corner_strip/corner"] = strips * loops
+                counts["corner_strip/corner"] = strips * square_loops
         counts.pop("corner")
     empty = int((needed & (kind == st.EMPTY)).sum()) * blocks_of_heads
     blocks = kind.shape[0] * kind.shape[1] * blocks_of_heads

@@ -170,4 +170,4 @@ def choose(T, H, K, wide, backward=False, block=512, heads=None) -> Tiling:
     block = min(block, max(128, -(-T // 128) * 128))
     G = H // K
     heads = heads or (4 if backward else 8)
-    return Tiling(block=block, heads=min(heads, H), unroll=min(4, heads, H), strip=min(512,block), trapezoid=256 if wide else 128, square=min(256,block), depth=2, diagonal_depth=4, vmem_bytes=None)
+    return Tiling(block=block, heads=min(heads, H), unroll=min(4, heads, H), square_unroll=min(4,heads,H), strip=min(512,block), trapezoid=256 if wide else 128, square=min(256,block), depth=2, diagonal_depth=4, vmem_bytes=None)

@@ -44,7 +44,8 @@ class Tiling:
 
     block: tokens of a block of queries and of keys.
     heads: query heads of one grid step; a multiple or a divisor of G.
-    unroll: heads whose code is interleaved in the body of the loop over heads.
+    unroll, square_unroll: heads whose code is interleaved in the body of the loop over heads, in
+      blocks cut at compile time and in squares.
     strip: queries (and keys) of a tile of scores in a full block.
     trapezoid: queries of a tile on the diagonal; keys after its last query are not computed.
     square: queries and keys of a tile where documents begin or end: tiles with nothing visible
@@ -58,6 +59,7 @@ class Tiling:
     block: int
     heads: int
     unroll: int
+    square_unroll: int
     strip: int
     trapezoid: int
     square: int
@@ -199,10 +201,11 @@ def all_heads(scope: str, tiling: Tiling, kind: int, tiles: list[Tile], products
     tile's exponents: the compiler keeps the order of the source.
     """
     depth = tiling.depth if kind == st.FULL else tiling.diagonal_depth
+    unroll = tiling.square_unroll if kind in (st.EDGE, st.CORNER) else tiling.unroll
 
     def some_heads(step, _):
         with jax.named_scope(scope):
-            work = [(step * tiling.unroll + u, tile) for u in range(tiling.unroll) for tile in tiles]
+            work = [(step * unroll + u, tile) for u in range(unroll) for tile in tiles]
             ahead = [products(*item) for item in work[:depth]]
             for i, item in enumerate(work):
                 if i + depth < len(work):
@@ -210,7 +213,7 @@ def all_heads(scope: str, tiling: Tiling, kind: int, tiles: list[Tile], products
                 gather(*item, ahead.pop(0))
         return 0
 
-    lax.fori_loop(0, tiling.heads // tiling.unroll, some_heads, 0)
+    lax.fori_loop(0, tiling.heads // unroll, some_heads, 0)
 
 
 def kinds_of(options: Options) -> list[int]:
