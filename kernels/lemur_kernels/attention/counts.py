@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from lemur_kernels.attention import steps as st
-from lemur_kernels.attention.tpu_forward import KINDS, Tiling, kinds_of
+from lemur_kernels.attention.tilings import Tiling
+from lemur_kernels.attention.tpu_forward import KINDS, kinds_of
 
 
 def region_counts(

@@ -18,7 +18,8 @@ from jax.experimental.pallas import tpu as pltpu
 from lemur_kernels.attention import steps as st
 from lemur_kernels.attention import tpu_backward, tpu_forward
 from lemur_kernels.attention.mask import Options, Rows
-from lemur_kernels.attention.tpu_forward import LOG2_E, Tiling
+from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step, proposals
+from lemur_kernels.attention.tpu_forward import LOG2_E
 
 RANGE = 80
 
@@ -90,7 +91,7 @@ def backward_heads_first(
 ):  # fmt: skip
     """(dq_HTD, dk_KSD, dv_KSD); layouts as in forward_heads_first."""
     group = q_HTD.shape[0] // k_KSD.shape[0]
-    chains = k_KSD.shape[0] // tpu_forward.kv_heads_per_step(tiling.heads, group)
+    chains = k_KSD.shape[0] // kv_heads_per_step(tiling.heads, group)
     return tpu_backward.backward(
         q_HTD,
         k_KSD,
@@ -166,8 +167,6 @@ def default_tiling(q_BTHD, k_BSKD, backward: bool = False) -> Tiling:
     return choose(q_BTHD.shape[1], q_BTHD.shape[2], k_BSKD.shape[2], wide, backward)
 
 
-def choose(T, H, K, wide, backward=False, block=512, heads=None) -> Tiling:
-    block = min(block, max(128, -(-T // 128) * 128))
-    G = H // K
-    heads = heads or (4 if backward else 8)
-    return Tiling(block=block, heads=min(heads, H), unroll=min(4, heads, H), square_unroll=min(4,heads,H), strip=min(512,block), trapezoid=256 if wide else 128, square=min(256,block), depth=2, diagonal_depth=4, vmem_bytes=None)
+def choose(T, H, K, wide, backward=False) -> Tiling:
+    direction = "backward" if backward else "forward"
+    return proposals("v6e" if wide else "v4", direction, 2, 128, H, K, T)[0]

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lemur_kernels.attention import steps as st
 from lemur_kernels.attention.mask import Options
+from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 
 LOG2_E = math.log2(math.e)
 MASKED_SCORE = -1e30  # exp2 of it is 0 whatever finite number is subtracted
@@ -36,37 +37,6 @@ KINDS = {
     st.CORNER: "corner",
     st.MASKED: "masked",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a kernel cuts its work; shapes.py chooses it for a chip and a shape.
-
-    block: tokens of a block of queries and of keys.
-    heads: query heads of one grid step; a multiple or a divisor of G.
-    unroll, square_unroll: heads whose code is interleaved in the body of the loop over heads, in
-      blocks cut at compile time and in squares.
-    strip: queries (and keys) of a tile of scores in a full block.
-    trapezoid: queries of a tile on the diagonal; keys after its last query are not computed.
-    square: queries and keys of a tile where documents begin or end: tiles with nothing visible
-      are skipped at run time.
-    depth, diagonal_depth: tiles whose scores are computed ahead of their use, in full blocks and
-      in all others.
-    vmem_bytes: limit on the kernel's fast memory; None is the compiler's own.
-    split: backward, runs that share a kv head: 2 keeps both cores of a chip busy with one kv head.
-    """
-
-    block: int
-    heads: int
-    unroll: int
-    square_unroll: int
-    strip: int
-    trapezoid: int
-    square: int
-    depth: int
-    diagonal_depth: int
-    vmem_bytes: int | None = None
-    split: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +194,6 @@ def kinds_of(options: Options) -> list[int]:
 def div(x, n: int):
     """x // n of a number known at run time and not negative, without the sign's case."""
     return lax.div(x, jnp.int32(n))
-
-
-def kv_heads_per_step(heads: int, group: int) -> int:
-    return max(1, heads // group)
 
 
 def _kernel(
