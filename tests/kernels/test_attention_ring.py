@@ -131,7 +131,7 @@ def test_bf16():
     for a, b in zip(out_and_gradients(fn, q, k, v, dout, POSITIONS, SEGMENTS), want):
         assert a.dtype == jnp.bfloat16
         error = np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b)
-        assert error < 6e-3  # measured 3e-3
+        assert error < 5e-3  # measured up to 4.1e-3; 3.4e-3 on one device
 
 
 def test_documents_are_isolated_exactly_and_runs_agree():
