@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from lemur_kernels.attention import attention
+from lemur_kernels.attention.gather import gather_attention
 from lemur_kernels.attention.ring import ring_attention
 
 from lemur_jax import sharding
@@ -68,36 +69,29 @@ def self_attention(
     either gathers all keys and values ("gather") or sends its own around ("ring").
     """
     k_BTKD, v_BTKD = (_spread_kv_heads(x) for x in (k_BTKD, v_BTKD))
-    whole_rows = sharding.axis_size("length") == 1
-    ring = sequence_attention == "ring" and not whole_rows
-    if ring:
-        run_kernel = functools.partial(ring_attention, axis_name=sharding.mesh_axis("length"))
+    if sharding.axis_size("length") == 1:
+        attend = functools.partial(attention, packed=True)
+    elif sequence_attention == "ring":
+        axis = sharding.mesh_axis("length")
+        attend = functools.partial(ring_attention, packed=True, axis_name=axis)
     else:
-        run_kernel = attention
+        attend = functools.partial(gather_attention, axis_name=sharding.mesh_axis("length"))
 
-    def kernel(q, k, v, q_positions, kv_positions, q_segments, kv_segments):
-        return run_kernel(
+    def kernel(q, k, v, positions, segments):
+        return attend(
             q,
             k,
             v,
-            q_positions_BT=q_positions,
-            kv_positions_BS=kv_positions,
-            q_segments_BT=q_segments,
-            kv_segments_BS=kv_segments,
-            packed=whole_rows or ring,
+            q_positions_BT=positions,
+            kv_positions_BS=positions,
+            q_segments_BT=segments,
+            kv_segments_BS=segments,
             implementation=implementation,
         )
 
-    q_axes = ("batch", "length", "act_heads", None)
-    kv_length = "length" if ring else None
-    kv_axes = ("batch", kv_length, "act_heads", None)
-    token_axes, kv_token_axes = ("batch", "length"), ("batch", kv_length)
-    run = sharding.per_device(
-        kernel,
-        (q_axes, kv_axes, kv_axes, token_axes, kv_token_axes, token_axes, kv_token_axes),
-        q_axes,
-    )
-    return run(q_BTHD, k_BTKD, v_BTKD, positions_BT, positions_BT, segment_ids_BT, segment_ids_BT)
+    heads, tokens = ("batch", "length", "act_heads", None), ("batch", "length")
+    run = sharding.per_device(kernel, (heads, heads, heads, tokens, tokens), heads)
+    return run(q_BTHD, k_BTKD, v_BTKD, positions_BT, segment_ids_BT)
 
 
 def cached_attention(

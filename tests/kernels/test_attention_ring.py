@@ -1,15 +1,17 @@
-"""Ring attention over a mesh axis: the same numbers as one device, whatever the order of tokens.
+"""Attention over a mesh axis, by ring and by gather: what one device gives, in any order of tokens.
 
 Axis key: B batch, T query length, H heads, K kv heads, D head dim.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lemur_kernels.attention import attention, ring
+from lemur_kernels.attention.gather import gather_attention
 from lemur_kernels.attention.ring import ring_attention
 
 F32 = {"rtol": 2e-5, "atol": 2e-5}
@@ -65,22 +67,25 @@ def on_one_device(q, k, v, positions, segments, **kw):
     return attention(q, k, v, **rows, packed=False, implementation="reference", **kw)
 
 
-def around_the_ring(
-    q, k, v, positions, segments, devices=DEVICES, packed=False, implementation="chunked", **kw
-):
+def over_devices(form, q, k, v, positions, segments, devices=DEVICES, **kw):
     mesh = jax.sharding.Mesh(jax.devices()[:devices], ("sequence",))
 
     def local(q, k, v, positions, segments):
-        return ring_attention(
-            q, k, v, **rows_of(positions, segments), packed=packed, axis_name="sequence",
-            implementation=implementation, **kw,
-        )  # fmt: skip
+        return form(q, k, v, **rows_of(positions, segments), axis_name="sequence", **kw)
 
     cut = jax.P(None, "sequence")
     specs = (cut,) * 5
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=cut)(
         q, k, v, positions, segments
     )
+
+
+def around_the_ring(*args, packed=False, implementation="chunked", **kw):
+    return over_devices(ring_attention, *args, packed=packed, implementation=implementation, **kw)
+
+
+def gathered(*args, implementation="chunked", **kw):
+    return over_devices(gather_attention, *args, implementation=implementation, **kw)
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -91,13 +96,17 @@ def out_and_gradients(fn, q, k, v, dout, positions, segments):
 
 @pytest.mark.parametrize("options", [{}, {"window": 9, "soft_cap": 2.0}], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_order_of_tokens_gives_what_one_device_gives(order, options):
+@pytest.mark.parametrize("form", [around_the_ring, gathered])
+def test_any_order_of_tokens_gives_what_one_device_gives(form, order, options):
     """Red when: dk, dv are not sent home at the end, positions or segments do not travel with
-    their keys, the merge leaves out one share, or the skip test is negated."""
+    their keys, the merge leaves out one share, the skip test is of all blocks; the gather's rows
+    stay behind, or its dk, dv are those of this device's queries alone."""
     there, back = ORDERS[order], np.argsort(ORDERS[order])
     arrays = *qkv(), POSITIONS, SEGMENTS
     want = out_and_gradients(functools.partial(on_one_device, **options), *arrays)
-    fn = functools.partial(around_the_ring, packed=order == "contiguous", **options)
+    if form is around_the_ring and order == "contiguous":
+        options = {**options, "packed": True}
+    fn = functools.partial(form, **options)
     got = out_and_gradients(fn, *(x[:, there] for x in arrays))
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want):
         np.testing.assert_allclose(a[:, back], b, err_msg=name, **F32)
@@ -122,26 +131,28 @@ def test_reference_goes_around_too():
         np.testing.assert_allclose(a, b, err_msg=name, **F32)
 
 
-def test_bf16():
-    """Red when: the merge or the travelling gradients are in bf16 (8 devices, 8 roundings)."""
+@pytest.mark.parametrize("form", [around_the_ring, gathered])
+def test_bf16(form):
+    """Red when: the lse, the merge or the travelling gradients are in bf16 (8 devices)."""
     q, k, v, dout = qkv(dtype=jnp.bfloat16)
     up = [x.astype(jnp.float32) for x in (q, k, v, dout)]
     want = out_and_gradients(on_one_device, *up, POSITIONS, SEGMENTS)
-    fn = functools.partial(around_the_ring, devices=8)
+    fn = functools.partial(form, devices=8)
     for a, b in zip(out_and_gradients(fn, q, k, v, dout, POSITIONS, SEGMENTS), want):
         assert a.dtype == jnp.bfloat16
         error = np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b)
         assert error < 5e-3  # measured up to 4.1e-3; 3.4e-3 on one device
 
 
-def test_documents_are_isolated_exactly_and_runs_agree():
+@pytest.mark.parametrize("form", [around_the_ring, gathered])
+def test_documents_are_isolated_exactly_and_runs_agree(form):
     """Red when: a visitor's hidden keys get a small weight instead of none."""
     q, k, v, dout = (x[:1] for x in qkv())
     positions, segments = (jnp.array(x)[None] for x in packed_row([20, 22, 22]))
-    before = out_and_gradients(around_the_ring, q, k, v, dout, positions, segments)
-    again = out_and_gradients(around_the_ring, q, k, v, dout, positions, segments)
+    before = out_and_gradients(form, q, k, v, dout, positions, segments)
+    again = out_and_gradients(form, q, k, v, dout, positions, segments)
     moved = [x.at[:, 20:42].add(1000.0) for x in (q, k, v, dout)]
-    after = out_and_gradients(around_the_ring, *moved, positions, segments)
+    after = out_and_gradients(form, *moved, positions, segments)
     for name, *arrays in zip(("out", "dq", "dk", "dv"), before, after, again):
         a, b, c = (np.asarray(x) for x in arrays)
         assert np.array_equal(a, c)
@@ -163,7 +174,7 @@ def test_visitors_that_no_query_sees_are_not_computed():
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_what_is_communicated(devices):
+def test_what_the_ring_communicates(devices):
     """Red when: a transfer more is made, a mask is sent, or keys are gathered. Transfers in the
     program, a scan's once: of k, v, positions and segments one before and one in the scan; of dk
     and dv one in the scan, one before the last visitor, one home."""
@@ -176,3 +187,14 @@ def test_what_is_communicated(devices):
     assert "collective-permute" in compiled
     for other in ("all-gather", "all-reduce", "all-to-all", "reduce-scatter"):
         assert other not in compiled
+
+
+def test_what_the_gather_communicates():
+    """Red when: dk and dv are summed whole on every device, or in k's dtype."""
+    arrays = *qkv(dtype=jnp.bfloat16), POSITIONS, SEGMENTS
+    text = out_and_gradients.lower(gathered, *arrays).as_text()
+    assert text.count('"stablehlo.all_gather"') == 2 * 4  # k, v, positions, segments; both passes
+    assert text.count('"stablehlo.reduce_scatter"') == 2
+    assert "stablehlo.all_reduce" not in text
+    sums = re.findall(r"\(tensor<3x64x2x8xf32>\) -> tensor<3x16x2x8xf32>", text)
+    assert len(sums) == 2  # all keys in, this device's out

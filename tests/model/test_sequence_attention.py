@@ -89,10 +89,13 @@ def test_eight_devices_are_one(on_one_device, mesh, form):
 
 @pytest.mark.parametrize("form", ["gather", "ring"])
 def test_which_collectives_are_made(form):
-    """Red if the ring's k and v entered per_device whole: then they would be gathered first."""
+    """Red if the keys entered per_device whole: then XLA would gather them, and sum whole dk and dv
+    on every device."""
     text = compiled(MeshConfig(fsdp=1, sequence=8), 8, form)[0].as_text()
     assert ("all-gather" in text) == (form == "gather")
+    assert ("reduce-scatter" in text) == (form == "gather")
     assert ("collective-permute" in text) == (form == "ring")
+    assert "all-reduce" not in text
 
 
 @pytest.mark.parametrize(
