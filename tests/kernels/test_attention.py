@@ -13,6 +13,7 @@ import pytest
 from attention_float64 import float64, packed_rows, qkv
 from lemur_kernels.attention import attention, attention_with_lse
 from lemur_kernels.attention.api import SAVED_NAMES
+from lemur_kernels.attention.mask import Options
 
 ON_CPU = ("reference", "chunked")
 # f32 sums of at most 300 terms of order one, in another order than float64's.
@@ -78,8 +79,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("packed", "options"),
+    [*((True, name) for name in OPTIONS), (False, "plain"), (False, "both, scaled")],
+)
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_values_lse_and_gradients_are_those_of_float64(implementation, packed, options):
     """Red when: visible_BTS compares `<` instead of `<=`, drops the segment or the window's term,
@@ -191,8 +194,7 @@ def test_packed_documents_equal_separate_rows(implementation):
     assert not np.any(packed[:, start:])
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize(("packed", "size"), [(True, 1e4), (True, -1e4), (False, -1e4)])
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_rows_that_see_nothing_give_zero(implementation, size, packed):
     """Red when: the `empty` guard goes (0 / 0), or lse of an empty row is left at log(0)."""
@@ -289,6 +291,21 @@ def test_under_scan_checkpoint_and_shard_map(implementation):
 
     for a, b in zip(gradient(local), gradient(stacked)):
         np.testing.assert_allclose(a, b, **F32)
+
+
+def test_chunked_leaves_out_keys_that_no_query_of_a_run_can_see():
+    """Red when: a run of packed rows starts before its window or ends after its last query."""
+    runs = functools.partial(chunked._runs, 43, 43, SMALL_BLOCK)
+    queries = [slice(0, 16), slice(16, 32), slice(32, 48)]
+
+    def keys(**options):
+        found = runs(Options(scale=1.0, **options))
+        assert [q for q, _ in found] == (queries if options["packed"] else [slice(0, 48)])
+        return [(k.start, k.stop) for _, k in found]
+
+    assert keys(packed=False, window=5) == [(0, 43)]
+    assert keys(packed=True) == [(0, 16), (0, 32), (0, 43)]
+    assert keys(packed=True, window=5) == [(0, 16), (12, 32), (28, 43)]
 
 
 def test_chunked_memory_is_linear_in_the_length(monkeypatch):
