@@ -88,7 +88,7 @@ def test_packed_rows_are_judged_exactly(documents, window):
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_a_block_of_padding_sees_nothing(window):
-    """Red when: an empty block's range is left at 0 (the `initial` of block_ranges)."""
+    """Red when: block_ranges takes padding for a document of segment 0."""
     zero, one = np.zeros((1, 4), np.int32), np.ones((1, 4), np.int32)
     for q, kv in (((zero, one), (one, one)), ((one, one), (zero, one)), ((zero, one),) * 2):
         may, all_, _ = verdicts(q, kv, window)

@@ -133,15 +133,39 @@ def test_reference_goes_around_too():
 
 @pytest.mark.parametrize("form", [around_the_ring, gathered])
 def test_bf16(form):
-    """Red when: the lse, the merge or the travelling gradients are in bf16 (8 devices)."""
+    """Red when: the lse or the travelling gradients are in bf16 (8 devices).
+
+    Measured over three draws, ring: out 2.2e-3, dq 3.6e-3, dk 4.1e-3, dv 2.9e-3; dv with a bf16
+    lse 3.5e-3 and more, with bf16 travelling gradients 3.3e-3 and more.
+    """
+    limits = (3e-3, 5e-3, 5e-3, 3.1e-3)
     q, k, v, dout = qkv(dtype=jnp.bfloat16)
     up = [x.astype(jnp.float32) for x in (q, k, v, dout)]
     want = out_and_gradients(on_one_device, *up, POSITIONS, SEGMENTS)
     fn = functools.partial(form, devices=8)
-    for a, b in zip(out_and_gradients(fn, q, k, v, dout, POSITIONS, SEGMENTS), want):
+    got = out_and_gradients(fn, q, k, v, dout, POSITIONS, SEGMENTS)
+    for a, b, limit in zip(got, want, limits):
         assert a.dtype == jnp.bfloat16
         error = np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b)
-        assert error < 5e-3  # measured up to 4.1e-3; 3.4e-3 on one device
+        assert error < limit
+
+
+def test_merge():
+    """Red when: the merged share is rounded to the visitor's dtype, an empty row's lse is not +inf,
+    or the exponents are taken without the greater lse."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 1, 5, 1, 8)).astype(np.float32)
+    a = np.array([0.3, -900.0, np.inf, 2.0, np.inf], np.float32)
+    b = np.array([1.0, 800.0, 0.5, np.inf, np.inf], np.float32)
+    one[0, [2, 4]], other[0, [3, 4]] = 0, 0
+    other = jnp.asarray(other, jnp.bfloat16)
+    out, lse = ring._merge((one, a[None, None]), (other, b[None, None]))
+    x, y = (np.where(np.isinf(z), -np.inf, z).astype(np.float64) for z in (a, b))
+    want = np.logaddexp(x, y)
+    weights = [np.exp(z - np.where(np.isinf(want), 0, want))[None, :, None, None] for z in (x, y)]
+    np.testing.assert_allclose(lse[0, 0], np.where(np.isinf(want), np.inf, want), rtol=1e-6)
+    parts = weights[0] * one + weights[1] * np.asarray(other, np.float64)
+    np.testing.assert_allclose(out, parts, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", [around_the_ring, gathered])
