@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_float64 import draw
 from lemur_kernels.attention import attention, ring
 from lemur_kernels.attention.gather import gather_attention
 from lemur_kernels.attention.ring import ring_attention
@@ -48,9 +49,7 @@ ORDERS = {
 
 
 def qkv(H=4, K=2, D=8, dtype=jnp.float32, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    heads = (H, K, K, H)
-    return [jax.random.normal(key, (len(ROWS), T, h, D), dtype) for key, h in zip(keys, heads)]
+    return draw(seed, *((len(ROWS), T, heads, D) for heads in (H, K, K, H)), dtype=dtype)
 
 
 def rows_of(positions, segments):
