@@ -1,8 +1,8 @@
 """Who may attend to whom, and which kernel computes it.
 
-The mask rule, the only definition of "may attend": key j is visible to query i iff both have the
-same non-zero segment id and position[j] <= position[i]. Packed training, ragged prefill and decode
-differ only in the positions and segment ids they pass.
+The mask rule, defined once, in lemur_kernels.attention.mask: key j is visible to query i iff both
+have the same non-zero segment id and position[j] <= position[i]. Packed training, ragged prefill
+and decode differ only in the positions and segment ids they pass.
 
 Dimension key: B batch, T query length, S key length, H heads, K kv heads, D head dim.
 """

@@ -134,10 +134,10 @@ def test_reference_goes_around_too():
 def test_bf16(form):
     """Red when: the lse or the travelling gradients are in bf16 (8 devices).
 
-    Measured over three draws, ring: out 2.2e-3, dq 3.6e-3, dk 4.1e-3, dv 2.9e-3; dv with a bf16
-    lse 3.5e-3 and more, with bf16 travelling gradients 3.3e-3 and more.
+    Measured over three draws, ring: out 2.3e-3, dq 3.8e-3, dk 4.1e-3, dv 2.9e-3; dv with a bf16
+    lse 3.5e-3 and more, with bf16 travelling gradients 3.6e-3 and more.
     """
-    limits = (3e-3, 5e-3, 5e-3, 3.1e-3)
+    limits = (3e-3, 5e-3, 5e-3, 3.2e-3)
     q, k, v, dout = qkv(dtype=jnp.bfloat16)
     up = [x.astype(jnp.float32) for x in (q, k, v, dout)]
     want = out_and_gradients(on_one_device, *up, POSITIONS, SEGMENTS)
