@@ -101,12 +101,13 @@ def may_see(q: BlockRanges, kv: BlockRanges, window: int | None = None) -> jax.A
     q_last, q_last_at = q.last_segment_BN[:, :, None], q.last_position_BN[:, :, None]
     kv_first, kv_first_at = kv.first_segment_BN[:, None], kv.first_position_BN[:, None]
     kv_last, kv_last_at = kv.last_segment_BN[:, None], kv.last_position_BN[:, None]
+    # Also False where either block is nothing but padding: first is INT_MAX, last INT_MIN.
     not_later = (kv_first < q_last) | ((kv_first == q_last) & (kv_first_at <= q_last_at))
     if window is None:
         near = kv_last >= q_first
     else:
         near = (kv_last > q_first) | ((kv_last == q_first) & (kv_last_at > q_first_at - window))
-    return not_later & near & (q_first <= q_last) & (kv_first <= kv_last)
+    return not_later & near
 
 
 def all_seen(q: BlockRanges, kv: BlockRanges, window: int | None = None) -> jax.Array:
