@@ -59,6 +59,11 @@ class KernelCost:
         return self.share_of_busier_core * sum(r.executed * r.cycles for r in self.regions)
 
     @property
+    def schedule_cycles(self) -> float:
+        """As cycles, but bundles alone, without the floor of the row passes."""
+        return self.share_of_busier_core * sum(r.executed * r.bundles for r in self.regions)
+
+    @property
     def mxu_cycles(self) -> float:
         """Row passes of the busier TensorCore, in cycles at the matrix units' peak."""
         return self.share_of_busier_core * sum(r.executed * r.mxu_cycles for r in self.regions)
@@ -93,7 +98,7 @@ def attribute(kernel: Kernel, counts: dict[str, float], chip: Chip) -> KernelCos
     """
     cores = counts.get("cores", chip.cores)
     wanted = {path: n for path, n in counts.items() if path not in RESERVED}
-    words = {word for path in wanted for word in path.split("/")}
+    words = sorted({word for path in wanted for word in path.split("/")})
     regions: list[Region] = []
 
     def visit(node: Node, parent: tuple[str, ...], executed: float, in_grid: bool) -> None:
@@ -157,15 +162,25 @@ def _grid(kernel: Kernel, counts: dict[str, float], cores: float) -> float:
     return counts["grid"] + 2 * cores  # the pipeline's first fetch and last write-back
 
 
-def _name(kernel: Kernel, node: Node, words: set[str]) -> tuple[str, float]:
-    """The counted name that most of the node's own instructions carry, and its share of them."""
-    votes = collections.Counter()
+def _name(kernel: Kernel, node: Node, words: list[str]) -> tuple[str, float]:
+    """The counted name that most of the node's own instructions carry, and its share of them.
+
+    "body+mask" is the name of a node that votes "body" and in which "mask" occurs: it tells two
+    instances of one unscoped function apart (tokamax).
+    """
+    plain = {word.split("+")[0] for word in words}
+    votes, seen = collections.Counter(), set()
     for address in node.own():
         for scope in kernel.bundles[address].scopes:
-            votes[next((word for word in scope.split("/") if word in words), "")] += 1
+            parts = scope.split("/")
+            seen.update(parts)
+            votes[next((part for part in parts if part in plain), "")] += 1
     if not votes:
         return "", 1.0
     word, most = votes.most_common(1)[0]
+    for longer in words:
+        if longer.startswith(word + "+") and longer.split("+")[1] in seen:
+            word = longer
     guards = {_name(kernel, c, words)[0] for c in node.children if c.kind == "loop"}
     if node.kind == "region" and word in guards:
         word = ""  # the test in front of a loop, holding what was hoisted out of it

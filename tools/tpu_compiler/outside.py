@@ -1,11 +1,13 @@
 """What runs outside the Pallas kernels, charged by the bytes it moves: the whole model.
 
 Every other operation of the scheduled program reads each of its operands and writes its result
-once, at the chip's HBM bandwidth, one after the other; buffers that the compiler keeps in VMEM
-(layout S(1)) are free. So a reduction of partial sums, a transpose, a cast or a delta costs
-bytes / bandwidth x clock cycles, and no arithmetic of theirs is charged.
+once, at the chip's HBM bandwidth, one after the other. So a reduction of partial sums, a transpose,
+a cast or a delta costs bytes / bandwidth x clock cycles. Arithmetic is not charged, nor are
+asynchronous copies (the compiler's prefetch of a kernel's operands into VMEM or CMEM, which the
+kernel would read anyway); an operation on such a prefetched buffer is charged like any other.
 """
 
+import math
 import re
 
 from tpu_compiler.topology import Chip
@@ -17,16 +19,13 @@ _FREE = (
     "tuple",
     "get-tuple-element",
     "bitcast",
+    "copy-start",
     "copy-done",
-    "async-done",
-    "slice-done",
-    "dynamic-slice-done",
     "after-all",
     "partition-id",
-    "iota",
 )
 _LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsu]\d+)\[([\d,]*)\](\{[^}]*\})?")
+_SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsu]\d+)\[([\d,]*)\]")
 
 
 def outside_bytes(hlo: str) -> dict[str, int]:
@@ -35,7 +34,7 @@ def outside_bytes(hlo: str) -> dict[str, int]:
     Raises:
       ValueError: a loop outside the kernels (its body would be counted once).
     """
-    entry = hlo[hlo.index("\nENTRY ") :].split("\n}", 1)[0]
+    entry = hlo[hlo.index("\nENTRY ") :].split("\n}\n", 1)[0]
     shapes: dict[str, str] = {}
     found: dict[str, int] = {}
     for line in entry.splitlines()[1:]:
@@ -49,11 +48,7 @@ def outside_bytes(hlo: str) -> dict[str, int]:
         if op in ("while", "conditional", "call"):
             raise ValueError(f"%{name} is a {op} outside the kernels: outside.py cannot count it")
         operands = re.findall(r"%([\w.\-]+)", rest.split("), ", 1)[0])
-        # copy-start's result names its operand again, and a context
-        read = sum(_hbm_bytes(shapes.get(operand, "")) for operand in operands)
-        written = _hbm_bytes(_SHAPE.search(shape)[0] if op.endswith("-start") else shape)
-        if moved := read + written:
-            found[name] = moved
+        found[name] = _bytes(shape) + sum(_bytes(shapes.get(name, "")) for name in operands)
     return found
 
 
@@ -62,14 +57,9 @@ def outside_cycles(hlo: str, chip: Chip) -> float:
     return sum(outside_bytes(hlo).values()) / chip.hbm_bytes_per_s * chip.clock_hz
 
 
-def _hbm_bytes(shapes: str) -> int:
+def _bytes(shapes: str) -> int:
     total = 0
-    for dtype, dims, layout in _SHAPE.findall(shapes):
-        if re.search(r"S\(\d\)", layout):
-            continue
-        count = 1
-        for dim in dims.split(","):
-            count *= int(dim or 1)
+    for dtype, dims in _SHAPE.findall(shapes):
         bits = _BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])
-        total += count * bits // 8
+        total += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
     return total
