@@ -4,37 +4,48 @@ Regions are named after the kernel's own functions ("@run"), counts follow from 
 causal masks: none of the three looks at segment ids to skip a block.
 """
 
-import functools
 import math
 
 from tpu_compiler.cases import Built, Case
 
-NAMES = ("splash", "splash fused", "flash", "tokamax")
+BEST = (1024, 1024, 512)  # of those tried in design/tpu.md, section 3
 
 
-def build(name: str, case: Case, blocks: tuple[int, int, int] | None = None) -> Built:
-    """The baseline's function, arguments and counts.
+def splash(case: Case, blocks: tuple[int, int, int] = BEST) -> Built:
+    """JAX's splash attention; dq and dk, dv by separate kernels.
 
     Args:
-      blocks: query, key and key-compute block; the best of tpu.md section 3 (1024, 1024, 512) by
-        default.
+      blocks: query, key and key-compute block.
 
     Raises:
-      NotImplementedError: what the baseline cannot do or lacks here, in one line.
+      NotImplementedError: what the baseline cannot do or lacks here, in one line; the others too.
     """
-    if case.kernel != "attention" or case.dtype != "bfloat16" or case.mask == "window":
-        raise NotImplementedError(f"no {name} baseline for {case.kernel} {case.dtype} {case.mask}")
-    if name == "splash fused" and case.direction == "forward":
+    return _splash(case, _fitted(case, blocks), fused=False)
+
+
+def splash_fused(case: Case, blocks: tuple[int, int, int] = BEST) -> Built:
+    """Splash with its fused backward kernel, whose dq comes in parts that XLA sums."""
+    if case.direction == "forward":
         raise NotImplementedError("fused is a form of the backward kernel")
-    builder = {
-        "splash": functools.partial(_splash, fused=False),
-        "splash fused": functools.partial(_splash, fused=True),
-        "flash": _flash,
-        "tokamax": _tokamax,
-    }[name]
-    q, k, compute = blocks or (1024, 1024, 512)
-    fitted = (min(q, case.seq), min(k, case.seq), min(compute, case.seq))
-    return builder(case, fitted)
+    return _splash(case, _fitted(case, blocks), fused=True)
+
+
+def flash(case: Case, blocks: tuple[int, int, int] = BEST) -> Built:
+    """JAX's flash attention; keys and values repeated to every query head, as it needs."""
+    return _flash(case, _fitted(case, blocks))
+
+
+def tokamax(case: Case, blocks: tuple[int, int, int] = BEST) -> Built:
+    """tokamax 0.0.12's splash attention; backward with dq_reduction_steps=3."""
+    return _tokamax(case, _fitted(case, blocks))
+
+
+def _fitted(case: Case, blocks: tuple[int, int, int]) -> tuple[int, int, int]:
+    if case.kernel != "attention" or case.dtype != "bfloat16" or case.mask == "window":
+        raise NotImplementedError(f"no baseline for {case.kernel} {case.dtype} {case.mask}")
+    if case.direction == "backward":
+        raise NotImplementedError("baselines are compiled forward or forward+backward")
+    return tuple(min(block, case.seq) for block in blocks)
 
 
 def _args(case: Case):
@@ -100,10 +111,10 @@ def _splash(case: Case, blocks: tuple[int, int, int], fused: bool) -> Built:
 
 def _flash(case: Case, blocks: tuple[int, int, int]) -> Built:
     import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+    from jax.experimental.pallas.ops.tpu import flash_attention as kernel
 
     b, group = blocks[0], case.heads // case.kv_heads
-    sizes = flash.BlockSizes(
+    sizes = kernel.BlockSizes(
         block_q=b,
         block_k_major=b,
         block_k=b,
@@ -119,9 +130,9 @@ def _flash(case: Case, blocks: tuple[int, int, int]) -> Built:
 
     def attend(q, k, v, ids):
         k, v = jnp.repeat(k, group, 1), jnp.repeat(v, group, 1)
-        segments = flash.SegmentIds(ids, ids)
+        segments = kernel.SegmentIds(ids, ids)
         scale = 1 / math.sqrt(case.head_dim)
-        return flash.flash_attention(
+        return kernel.flash_attention(
             q, k, v, segment_ids=segments, causal=True, block_sizes=sizes, sm_scale=scale
         )
 

@@ -91,7 +91,9 @@ def _bundles(text: str, rows: list[dict[str, int]]) -> list[Bundle]:
         match = _BUNDLE.match(line)
         if match:
             if int(match[1], 16) != len(found):
-                raise ValueError(f"bundle {match[1]} follows {len(found) - 1:#x}: not address order")
+                raise ValueError(
+                    f"bundle {match[1]} follows {len(found) - 1:#x}: not address order"
+                )
             slots = rows[len(found)] if len(found) < len(rows) else {}
             found.append(Bundle("", tuple(match[2].split()), slots))
             pieces.append([line])

@@ -200,4 +200,6 @@ def _match(path: tuple[str, ...], wanted: dict[str, float]) -> str | None:
 
 
 def _seen(kernel: Kernel, node: Node) -> list[str]:
-    return sorted({s for a in node.own() for s in kernel.bundles[a].scopes if s})[:6] or ["no scope"]
+    return sorted({s for a in node.own() for s in kernel.bundles[a].scopes if s})[:6] or [
+        "no scope"
+    ]

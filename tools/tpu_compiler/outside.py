@@ -3,8 +3,9 @@
 Every other operation of the scheduled program reads each of its operands and writes its result
 once, at the chip's HBM bandwidth, one after the other. So a reduction of partial sums, a transpose,
 a cast or a delta costs bytes / bandwidth x clock cycles. Arithmetic is not charged, nor are
-asynchronous copies (the compiler's prefetch of a kernel's operands into VMEM or CMEM, which the
-kernel would read anyway); an operation on such a prefetched buffer is charged like any other.
+asynchronous copies and slices (the compiler's prefetch of a kernel's operands into VMEM or CMEM,
+which the kernel would read anyway); an operation on such a prefetched buffer is charged like any
+other. A loop is charged its body times its known trip count, a conditional its dearest branch.
 """
 
 import math
@@ -21,40 +22,73 @@ _FREE = (
     "bitcast",
     "copy-start",
     "copy-done",
+    "slice-start",
+    "slice-done",
     "after-all",
     "partition-id",
 )
+_FREE_CALLS = ("tpu_custom_call", "ConcatBitcast", "AllocateBuffer")  # kernels; no operation
+_HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", re.M)
 _LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsu]\d+)\[([\d,]*)\]")
 
 
 def outside_bytes(hlo: str) -> dict[str, int]:
-    """{operation name: HBM bytes} of the entry computation, Pallas calls left out.
+    """{operation: HBM bytes} of the scheduled program's entry computation, Pallas calls left out.
 
     Raises:
-      ValueError: a loop outside the kernels (its body would be counted once).
+      ValueError: a loop whose trip count the compiler does not state.
     """
-    entry = hlo[hlo.index("\nENTRY ") :].split("\n}\n", 1)[0]
-    shapes: dict[str, str] = {}
-    found: dict[str, int] = {}
-    for line in entry.splitlines()[1:]:
-        match = _LINE.match(line)
-        if not match:
-            continue
-        name, shape, op, rest = match.groups()
-        shapes[name] = shape
-        if op in _FREE or 'custom_call_target="tpu_custom_call"' in line:
-            continue
-        if op in ("while", "conditional", "call"):
-            raise ValueError(f"%{name} is a {op} outside the kernels: outside.py cannot count it")
-        operands = re.findall(r"%([\w.\-]+)", rest.split("), ", 1)[0])
-        found[name] = _bytes(shape) + sum(_bytes(shapes.get(name, "")) for name in operands)
-    return found
+    bodies, entry = {}, None
+    for match in _HEAD.finditer(hlo):
+        bodies[match[2]] = hlo[match.end() : hlo.index("\n}\n", match.end())]
+        entry = match[2] if match[1] else entry
+    return _bytes_of(bodies, entry)
 
 
 def outside_cycles(hlo: str, chip: Chip) -> float:
     """Cycles of one TensorCore while the operations outside the kernels move their bytes."""
     return sum(outside_bytes(hlo).values()) / chip.hbm_bytes_per_s * chip.clock_hz
+
+
+def _bytes_of(bodies: dict[str, str], computation: str) -> dict[str, int]:
+    shapes: dict[str, str] = {}
+    found: dict[str, int] = {}
+    for line in bodies[computation].splitlines():
+        match = _LINE.match(line)
+        if not match:
+            continue
+        name, shape, op, rest = match.groups()
+        shapes[name] = shape
+        target = re.search(r'custom_call_target="(\w+)"', line)
+        if op in _FREE or (target and target[1] in _FREE_CALLS):
+            continue
+        inner = [sum(_bytes_of(bodies, called).values()) for called in _called(op, rest)]
+        if op == "while":
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            if not trips:
+                raise ValueError(f"%{name} outside the kernels loops an unknown number of times")
+            found[name] = int(trips[1]) * sum(inner)
+        elif inner:
+            found[name] = max(inner)
+        else:
+            operands = re.findall(r"%([\w.\-]+)", rest.split("), ", 1)[0])
+            read = sum(_bytes(shapes.get(operand, "")) for operand in operands)
+            found[name] = _bytes(shape) + read
+    return found
+
+
+def _called(op: str, rest: str) -> list[str]:
+    """Computations that the operation runs as operations of their own (a fusion is one)."""
+    if op == "while":
+        return re.findall(r"body=%([\w.\-]+)", rest)
+    if op in ("call", "async-start"):
+        return re.findall(r"(?:to_apply|calls)=%([\w.\-]+)", rest)
+    if op == "conditional":
+        names = re.search(r"branch_computations=\{([^}]*)\}", rest)
+        both = re.findall(r"(?:true|false)_computation=%([\w.\-]+)", rest)
+        return re.findall(r"%([\w.\-]+)", names[1]) if names else both
+    return []
 
 
 def _bytes(shapes: str) -> int:

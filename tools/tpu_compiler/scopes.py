@@ -1,10 +1,10 @@
-"""Makes every instruction of a Pallas TPU kernel carry its `jax.named_scope` into the final bundles.
+"""Makes every instruction of a Pallas TPU kernel carry its `jax.named_scope` into its bundle.
 
-libtpu prints an operation's source file as a comment when asked to (xla_mosaic_enable_llo_source_-
-annotations). While this is installed, Pallas lowers each operation with its scope in the file's
-place. The schedule does not change: utilization tables are byte-identical with and without, on
-v4, v5e, v5p, v6e and v7x (tests/tools). It replaces three private functions of JAX (0.10.2, 0.11.2);
-one that is gone is an error here, not a silent loss of names.
+libtpu prints an operation's source file as a comment when asked to (the flag below). While this is
+installed, Pallas lowers each operation with its scope in the file's place. The schedule does not
+change: utilization tables are byte-identical with and without, on v4, v5e, v5p, v6e and v7x
+(tests/tools). It replaces three private functions of JAX (there in 0.10.2 and 0.11.2); one that is
+gone is an error here, not a silent loss of names.
 """
 
 LIBTPU_FLAG = "--xla_mosaic_enable_llo_source_annotations=true"
