@@ -56,23 +56,14 @@ def packings(seq: int) -> dict[str, list[int]]:
 def measure_chip(chip: str, options: argparse.Namespace, step) -> dict:
     """{(direction, implementation): result} of one chip, in a process of its own."""
     worker, results = Worker(tuple(options.path)), {}
-    rows = packings(options.seq)
+    rows = {name: {"lengths": lengths} for name, lengths in packings(options.seq).items()}
     try:
         for direction in options.direction:
-            case = Case(
-                kernel=options.kernel,
-                direction=direction,
-                seq=options.seq,
-                heads=options.heads,
-                kv_heads=options.kv_heads,
-                head_dim=options.head_dim,
-                dtype=options.dtype,
-                lengths=(options.seq,),
-            )
+            case = _case(chip, direction, options, [options.seq])
             for name in options.only:
                 builder, extra = KERNELS[name]
-                job = {"chip": chip, "case": dataclasses.asdict(case), "builder": builder}
-                job |= {"options": extra, "packings": rows if name == "ours" else {}}
+                job = {"case": dataclasses.asdict(case), "builder": builder}
+                job |= {"options": extra, "variants": rows if name == "ours" else {}}
                 results[direction, name] = worker.ask(job)
                 step()
     finally:
@@ -85,7 +76,7 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
     found = []
     for direction in options.direction:
         mine = {n: r for (d, n), r in results.items() if d == direction}
-        floor = _floor(chip, direction, options, [options.seq])
+        floor = floor_cycles(_case(chip, direction, options, [options.seq]))
         totals = {n: _total(r) for n, r in mine.items() if r["ok"]}
         others = [total for name, total in totals.items() if name != "ours"]
         best = min(others, default=math.nan)
@@ -151,8 +142,8 @@ def _packed(chip: str, direction: str, ours: dict, best: float, options) -> Tabl
         table.add_column(column, justify="left" if column == "row" else "right")
     groups: dict[str, list[tuple[float, float]]] = {}
     for name, lengths in packings(options.seq).items():
-        total = ours["packings"][name]["cycles"] + ours["outside_cycles"]
-        floor = _floor(chip, direction, options, lengths)
+        total = ours["variants"][name]["cycles"] + ours["outside_cycles"]
+        floor = floor_cycles(_case(chip, direction, options, lengths))
         group = name.rsplit(" ", 1)[0] + ", mean of rows" if name.startswith("demo") else name
         groups.setdefault(group, []).append((total, floor))
     for name, rows in groups.items():
@@ -166,17 +157,18 @@ def _total(result: dict) -> float:
     return result["cycles"] + result["outside_cycles"]
 
 
-def _floor(chip: str, direction: str, options: argparse.Namespace, lengths: list[int]) -> float:
-    c = CHIPS[chip]
-    case = Case(
+def _case(chip: str, direction: str, options: argparse.Namespace, lengths: list[int]) -> Case:
+    return Case(
+        chip=chip,
+        kernel=options.kernel,
         direction=direction,
         seq=options.seq,
         heads=options.heads,
         kv_heads=options.kv_heads,
         head_dim=options.head_dim,
+        dtype=options.dtype,
         lengths=tuple(lengths),
     )
-    return floor_cycles(case, c.mxus, c.mxu_size, c.mxu_rows_per_cycle, c.cores)
 
 
 def main() -> int:

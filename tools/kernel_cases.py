@@ -1,7 +1,8 @@
 """Our kernels under the measuring tools: a case in, the function, its arguments and its region
 counts out. The only file of the tools that knows the kernel package."""
 
-from tpu_compiler.cases import Built, Case
+from tpu_compiler.cases import Built, Case, segment_ids
+from tpu_compiler.topology import chip_named
 
 
 def build(case: Case) -> Built:
@@ -15,4 +16,114 @@ def build(case: Case) -> Built:
     return BUILDERS[case.kernel](case)
 
 
-BUILDERS = {}
+def candidates(case: Case) -> list[dict[str, int]]:
+    """Block sizes to try for the case, by name; [] where there is no kernel.
+
+    Each is what `case.blocks` takes: fields of the kernel's Tiling.
+    """
+    import dataclasses
+
+    if case.kernel != "attention":
+        return []
+    chosen = dataclasses.asdict(_tiling(case, case.direction == "backward"))
+    tried = [{n: chosen[n] for n in ("block", "heads", "unroll", "strip", "trapezoid")}]
+    for heads in (4, 2, 1):
+        fewer = {"heads": heads, "unroll": min(tried[0]["unroll"], heads)}
+        if heads < tried[0]["heads"] and case.heads % heads == 0:
+            tried.append(tried[0] | fewer)
+    return tried
+
+
+def fingerprint() -> str:
+    """Changes when the code of the TPU attention kernels does; comments and layout do not count."""
+    import ast
+    import hashlib
+    from pathlib import Path
+
+    import lemur_kernels.attention as package
+
+    folder = Path(package.__file__).parent
+    code = [
+        ast.dump(ast.parse((folder / name).read_text()))
+        for name in ("mask.py", "steps.py", "tpu_forward.py", "tpu_backward.py", "pallas_tpu.py")
+    ]
+    return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
+
+
+def _attention(case: Case) -> Built:
+    """Heads first, as the public kernels take them, so that no transpose is charged to either."""
+    import jax
+    import numpy as np
+    from lemur_kernels.attention import pallas_tpu as tpu
+    from lemur_kernels.attention import steps as st
+    from lemur_kernels.attention.counts import region_counts
+    from lemur_kernels.attention.mask import Options, Rows
+
+    H, K, S, D = case.heads, case.kv_heads, case.seq, case.head_dim
+    window = case.window if case.mask == "window" else None
+    options = Options(packed=True, scale=D**-0.5, window=window)
+    tilings = {backward: _tiling(case, backward) for backward in (False, True)}
+
+    def rows_of(ids_1S, positions_1S):
+        return Rows(positions_1S, positions_1S, ids_1S, ids_1S)
+
+    def forward(q, k, v, ids, positions):
+        rows = rows_of(ids, positions)
+        return tpu.forward_heads_first(q, k, v, rows, options, tilings[False])
+
+    def backward(q, k, v, ids, positions, out, lse, dout):
+        rows = rows_of(ids, positions)
+        return tpu.backward_heads_first(q, k, v, rows, options, out, lse, dout, tilings[True])
+
+    def both(q, k, v, ids, positions, dout):
+        out, lse = forward(q, k, v, ids, positions)
+        return out, backward(q, k, v, ids, positions, out, lse, dout)
+
+    q = ((H, S, D), case.dtype)
+    kv = ((K, S, D), case.dtype)
+    ids_1S = segment_ids(case)[None]
+    starts = np.flatnonzero(np.diff(ids_1S[0], prepend=-1))
+    positions_1S = (np.arange(S) - np.repeat(starts, np.diff(starts, append=S)))[None]
+    inputs = [q, kv, kv, ((1, S), "int32"), ((1, S), "int32")]
+    saved = [q, ((H, 1, S), "float32"), q]
+    functions = {
+        "forward": (forward, inputs),
+        "backward": (backward, inputs + saved),
+        "forward+backward": (both, [*inputs, q]),
+    }
+    with jax.default_device(jax.devices("cpu")[0]):
+        rows = rows_of(ids_1S.astype(np.int32), positions_1S.astype(np.int32))
+        kinds = {b: st.kinds(rows, options, t.block) for b, t in tilings.items()}
+    chains = K // tpu.tpu_forward.kv_heads_per_step(tilings[True].heads, H // K)
+    counts = {
+        "lemur_attention_forward": region_counts(
+            *kinds[False], options, tilings[False], heads=H, backward=False
+        ),
+        "lemur_attention_backward": region_counts(
+            *kinds[True],
+            options,
+            tilings[True],
+            heads=H,
+            backward=True,
+            chains=chains * tilings[True].split,
+        ),
+    }
+    # the repeat with a running maximum: its list is empty unless scores leave the safe range
+    counts["lemur_attention_online"] = dict.fromkeys(counts["lemur_attention_forward"], 0)
+    counts["lemur_attention_online"]["start"] = 0
+    fn, args = functions[case.direction]
+    return Built(fn, args, counts)
+
+
+def _tiling(case: Case, backward: bool):
+    """The package's own choice for the chip, or with the case's blocks."""
+    import dataclasses
+
+    from lemur_kernels.attention import pallas_tpu as tpu
+
+    wide = chip_named(case.chip).mxu_size == 256
+    chosen = tpu.choose(case.seq, case.heads, case.kv_heads, wide, backward)
+    return dataclasses.replace(chosen, **dict(case.blocks))
+
+
+BUILDERS = {"attention": _attention}

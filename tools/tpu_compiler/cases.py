@@ -5,12 +5,15 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 
+from tpu_compiler.topology import chip_named
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One kernel call on one row, batch 1 per device.
 
     Attributes:
+      chip: a name in topology.CHIPS.
       kernel: "attention", "decode_attention" or "cross_entropy".
       direction: "forward", "backward" or "forward+backward".
       seq: tokens of the row (T and S). heads, kv_heads, head_dim: H, K, D.
@@ -22,6 +25,7 @@ class Case:
       sizes: further sizes by name (vocabulary of cross_entropy, page of decode_attention).
     """
 
+    chip: str = "v4"
     kernel: str = "attention"
     direction: str = "forward"
     seq: int = 4096
@@ -81,7 +85,7 @@ def segment_ids(case: Case):
     return ids
 
 
-def floor_cycles(case: Case, mxus: int, mxu_size: int, rows: int, cores: int) -> float:
+def floor_cycles(case: Case) -> float:
     """Matrix-unit floor of attention, cycles per core: the row passes of the 512 x 512 blocks
     that hold a visible pair, the ones on the diagonal as trapezoids in strips of mxu_size.
 
@@ -91,7 +95,8 @@ def floor_cycles(case: Case, mxus: int, mxu_size: int, rows: int, cores: int) ->
     """
     import numpy as np
 
-    ids, block = segment_ids(case), min(512, case.seq)
+    chip = chip_named(case.chip)
+    ids, block, mxu_size = segment_ids(case), min(512, case.seq), chip.mxu_size
     visible = 0.0
     strip = min(mxu_size, block)
     diagonal = (block + strip) / (2 * block)
@@ -104,4 +109,4 @@ def floor_cycles(case: Case, mxus: int, mxu_size: int, rows: int, cores: int) ->
     scores = -(-case.head_dim // mxu_size) * mxu_size
     passes = visible * (scores + case.head_dim) / mxu_size**2 * case.heads
     times = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}[case.direction]
-    return times * passes / (mxus * rows) / cores
+    return times * passes / (chip.mxus * chip.mxu_rows_per_cycle) / chip.cores

@@ -109,7 +109,8 @@ def compile_for(
         raise CompileError(_first_line(error)) from error
     seconds = time.monotonic() - started
     hlo = compiled.as_text()
-    used = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', hlo)
+    used = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', hlo)
+    sizes = [n for u in used for n in re.findall(r'"memory_space":"1".*?"size":"(\d+)"', u)]
     memory = compiled.memory_analysis()
     delay = chip_named(chip).branch_delay
     kernels = [read_kernel(p, delay) for p in dumped(dump) if p not in before]
@@ -118,7 +119,7 @@ def compile_for(
         kernels=[kernel for kernel in kernels if kernel.name in called],
         hlo=hlo,
         seconds=seconds,
-        vmem_bytes=max(map(int, used), default=0),
+        vmem_bytes=max(map(int, sizes), default=0),
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,

@@ -25,27 +25,26 @@ TOOLS = Path(__file__).resolve().parent.parent
 
 
 def measure(
-    chip_name: str,
     builder: str,
     case: Case,
     options: dict | None = None,
-    packings: dict[str, list[int]] | None = None,
+    variants: dict[str, dict] | None = None,
 ) -> dict:
     """Compiles a case and attributes its cycles, in this process (compiling.start came before).
 
     Args:
       builder: "module:function"; called as function(case, **options) it returns cases.Built.
-      packings: {name: document lengths} of further rows for the same program: only their counts
-        differ, so they are not compiled again.
+      variants: {name: {field of the case: value}} of further rows for the same program (other
+        documents, another window): only their counts differ, so they are not compiled again.
 
     Returns:
       A JSON-able dict. "ok" False: "why" is "unsupported" (the builder says so), "refused" (the
       compiler says so) or "unread" (a region without name or count), with "error". "ok" True:
       cycles per TensorCore of the kernels ("cycles", "schedule_cycles", "mxu_cycles"), of
       everything else ("outside_cycles"), shares, spills, bytes, seconds, each kernel, and the
-      cycles of each packing.
+      cycles of each variant.
     """
-    chip = chip_named(chip_name)
+    chip = chip_named(case.chip)
     module, function = builder.split(":")
     build = functools.partial(getattr(importlib.import_module(module), function), **(options or {}))
     try:
@@ -54,7 +53,7 @@ def measure(
         return {"ok": False, "why": "unsupported", "error": str(error)}
     try:
         compiled = compiling.compile_for(
-            chip_name, built.fn, *built.args, compiler_options=built.compiler_options
+            case.chip, built.fn, *built.args, compiler_options=built.compiler_options
         )
     except compiling.CompileError as error:
         return {"ok": False, "why": "refused", "error": str(error)}
@@ -65,8 +64,8 @@ def measure(
     try:
         kernels = attributed(built.counts)
         rows = {
-            name: attributed(build(dataclasses.replace(case, lengths=tuple(lengths))).counts)
-            for name, lengths in (packings or {}).items()
+            name: attributed(build(case_of(dataclasses.asdict(case) | fields)).counts)
+            for name, fields in (variants or {}).items()
         }
         elsewhere = outside.outside_cycles(compiled.hlo, chip)
     except ValueError as error:
@@ -80,7 +79,7 @@ def measure(
     return {
         "ok": True,
         **_sums(kernels),
-        "packings": {name: _sums(kernels) for name, kernels in rows.items()},
+        "variants": {name: _sums(kernels) for name, kernels in rows.items()},
         "outside_cycles": round(elsewhere),
         "shares": {slot: share(slot) for slot in ("VALU", "VLOAD", "VSTORE", "EUP", "XLU")},
         "spill_stores": sum(k.static("VSTORE:SPILL") for k in kernels),
@@ -173,9 +172,7 @@ def _serve() -> None:
             job = json.loads(line)
             try:
                 case = case_of(job["case"])
-                result = measure(
-                    job["chip"], job["builder"], case, job.get("options"), job.get("packings")
-                )
+                result = measure(job["builder"], case, job.get("options"), job.get("variants"))
             except Exception as error:  # a builder's own bug is this job's result, not the end
                 result = {"ok": False, "why": "failed", "error": f"{type(error).__name__}: {error}"}
             print(json.dumps(result), flush=True)
