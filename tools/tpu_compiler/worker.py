@@ -4,6 +4,7 @@ libtpu reads its flags once and may abort on a shape it cannot do, so every meas
 process that its owner can lose. A job and its result are one line of JSON each.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -129,56 +130,64 @@ class Worker:
 
     def ask(self, job: dict, timeout_s: float = 600.0) -> dict:
         """The result of measure(**job); a process that dies is a result too."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             self._start()
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
-        waiting = selectors.DefaultSelector()
-        waiting.register(self.process.stdout, selectors.EVENT_READ)
         until = time.monotonic() + timeout_s
-        while waiting.select(max(0.0, until - time.monotonic())):
-            line = self.process.stdout.readline()
-            if line.startswith("{"):
-                return json.loads(line)
-            if not line:
-                status = self.process.wait()
-                return {"ok": False, "why": "crashed", "error": f"process ended with {status}"}
+        with selectors.DefaultSelector() as waiting:
+            waiting.register(self.process.stdout, selectors.EVENT_READ)
+            while waiting.select(max(0.0, until - time.monotonic())):
+                line = self.process.stdout.readline()
+                if line.startswith("{"):
+                    return json.loads(line)
+                if not line:
+                    error = f"process ended with {self.process.wait()}: {self._last_words()}"
+                    self.stop()
+                    return {"ok": False, "why": "crashed", "error": error}
         self.stop()
         return {"ok": False, "why": "slow", "error": f"no result in {timeout_s:.0f} s"}
 
     def _start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="tpu_dump_")
         paths = [str(TOOLS), *self.paths, os.environ.get("PYTHONPATH", "")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tpu_compiler.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
-        )
+        with Path(self.folder.name, "stderr").open("w") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tpu_compiler.worker", f"{self.folder.name}/dump"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+            )
+
+    def _last_words(self) -> str:
+        lines = Path(self.folder.name, "stderr").read_text(errors="replace").split("\n")
+        return " | ".join([line.strip() for line in lines if line.strip()][-2:])[:400]
 
     def stop(self) -> None:
         """Ends the process; the next question starts another."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            with contextlib.suppress(BrokenPipeError), self.process:  # waits, closes the pipes
+                pass
+            self.folder.cleanup()
             self.process = None
 
 
-def _serve() -> None:
-    with tempfile.TemporaryDirectory(prefix="tpu_dump_") as folder:
-        compiling.start(Path(folder))
-        for line in sys.stdin:
-            job = json.loads(line)
-            try:
-                case = case_of(job["case"])
-                result = measure(job["builder"], case, job.get("options"), job.get("variants"))
-            except Exception as error:  # a builder's own bug is this job's result, not the end
-                result = {"ok": False, "why": "failed", "error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(result), flush=True)
-            for path in Path(folder).iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _serve(folder: Path) -> None:
+    compiling.start(folder)
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            case = case_of(job["case"])
+            result = measure(job["builder"], case, job.get("options"), job.get("variants"))
+        except Exception as error:  # a builder's own bug is this job's result, not the end
+            result = {"ok": False, "why": "failed", "error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(result), flush=True)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(Path(sys.argv[1]))
