@@ -109,7 +109,8 @@ def compile_for(
         raise CompileError(_first_line(error)) from error
     seconds = time.monotonic() - started
     hlo = compiled.as_text()
-    used = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', hlo)
+    calls = [i for i in re.split(r"\n  (?:ROOT )?%", hlo) if '="tpu_custom_call"' in i]
+    used = re.findall(r'"used_scoped_memory_configs":\[([^\]]*)\]', "\n".join(calls))
     sizes = [n for u in used for n in re.findall(r'"memory_space":"1".*?"size":"(\d+)"', u)]
     memory = compiled.memory_analysis()
     delay = chip_named(chip).branch_delay
