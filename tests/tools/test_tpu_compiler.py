@@ -230,7 +230,8 @@ def _check_toy(chip: str) -> None:
     unnamed = sum(r["cycles"] * r["executed"] for r in regions if r["how"] != "named") / c.cores
     assert unnamed < 0.35 * total  # a toy: short steps
     assert 4 < result["vmem_bytes"] / 2**20 < 6  # 2 MiB of scratch, two buffers of each block
-    assert result["outside_cycles"] > 2 * 2 * 4096 * 512 * 2 / c.hbm_bytes_per_s * c.clock_hz
+    moved = 2 * 2 * 4096 * 512 * 2  # the sum outside reads and writes the result once
+    assert result["outside_cycles"] >= int(moved / c.hbm_bytes_per_s * c.clock_hz)
 
 
 @needs_libtpu
