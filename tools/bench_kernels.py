@@ -62,7 +62,9 @@ def measure_chip(chip: str, options: argparse.Namespace, step) -> dict:
             case = _case(chip, direction, options, [options.seq])
             for name in options.only:
                 builder, extra = KERNELS[name]
-                job = {"case": dataclasses.asdict(case), "builder": builder}
+                blocks = tuple(options.blocks) if name == "ours" else ()
+                asked = dataclasses.replace(case, blocks=blocks)
+                job = {"case": dataclasses.asdict(asked), "builder": builder}
                 job |= {"options": extra, "variants": rows if name == "ours" else {}}
                 results[direction, name] = worker.ask(job)
                 step()
@@ -129,7 +131,7 @@ def regions(kernel: dict) -> Table:
     for column in ("region", "kind", "bundles", "row passes", "runs", "counted by", "share"):
         table.add_column(column, justify="right" if column != "region" else "left")
     total = sum(r["cycles"] * r["executed"] for r in kernel["regions"]) or 1
-    for r in kernel["regions"]:
+    for r in (r for r in kernel["regions"] if r["bundles"]):
         share = f"{r['cycles'] * r['executed'] / total:.1%}"
         numbers = (str(r["bundles"]), f"{r['mxu_cycles']:.0f}", f"{r['executed']:.0f}")
         table.add_row(r["path"] or "-", r["kind"], *numbers, r["how"], share)
@@ -171,6 +173,11 @@ def _case(chip: str, direction: str, options: argparse.Namespace, lengths: list[
     )
 
 
+def _block(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=["v4", "v5e", "v5p", "v6e"])
@@ -182,6 +189,14 @@ def main() -> int:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--path", nargs="*", default=[], help="folders to import tokamax from")
+    parser.add_argument(
+        "--blocks",
+        nargs="*",
+        type=_block,
+        default=[],
+        help="ours, as backward_heads=2",
+        metavar="N=V",
+    )
     parser.add_argument("--json", type=Path, help="also write every figure and region here")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))

@@ -55,7 +55,6 @@ def _attention(case: Case) -> Built:
     import jax
     import numpy as np
     from lemur_kernels.attention import pallas_tpu as tpu
-    from lemur_kernels.attention import steps as st
     from lemur_kernels.attention.counts import region_counts
     from lemur_kernels.attention.mask import Options, Rows
 
@@ -91,23 +90,22 @@ def _attention(case: Case) -> Built:
         "backward": (backward, inputs + saved),
         "forward+backward": (both, [*inputs, q]),
     }
+    chains = K // tpu.tpu_forward.kv_heads_per_step(tilings[True].heads, H // K)
     with jax.default_device(jax.devices("cpu")[0]):
         rows = rows_of(ids_1S.astype(np.int32), positions_1S.astype(np.int32))
-        kinds = {b: st.kinds(rows, options, t.block) for b, t in tilings.items()}
-    chains = K // tpu.tpu_forward.kv_heads_per_step(tilings[True].heads, H // K)
-    counts = {
-        "lemur_attention_forward": region_counts(
-            *kinds[False], options, tilings[False], heads=H, backward=False
-        ),
-        "lemur_attention_backward": region_counts(
-            *kinds[True],
-            options,
-            tilings[True],
-            heads=H,
-            backward=True,
-            chains=chains * tilings[True].split,
-        ),
-    }
+        counts = {
+            "lemur_attention_forward": region_counts(
+                rows, options, tilings[False], heads=H, backward=False
+            ),
+            "lemur_attention_backward": region_counts(
+                rows,
+                options,
+                tilings[True],
+                heads=H,
+                backward=True,
+                chains=chains * tilings[True].split,
+            ),
+        }
     # the repeat with a running maximum: its list is empty unless scores leave the safe range
     counts["lemur_attention_online"] = dict.fromkeys(counts["lemur_attention_forward"], 0)
     counts["lemur_attention_online"]["start"] = 0
@@ -116,14 +114,17 @@ def _attention(case: Case) -> Built:
 
 
 def _tiling(case: Case, backward: bool):
-    """The package's own choice for the chip, or with the case's blocks."""
+    """The package's own choice for the chip, with the case's blocks in it; "forward_heads" and
+    "backward_heads" are one direction's."""
     import dataclasses
 
     from lemur_kernels.attention import pallas_tpu as tpu
 
     wide = chip_named(case.chip).mxu_size == 256
     chosen = tpu.choose(case.seq, case.heads, case.kv_heads, wide, backward)
-    return dataclasses.replace(chosen, **dict(case.blocks))
+    mine, other = ("backward_", "forward_") if backward else ("forward_", "backward_")
+    blocks = {n.removeprefix(mine): v for n, v in case.blocks if not n.startswith(other)}
+    return dataclasses.replace(chosen, **blocks)
 
 
 BUILDERS = {"attention": _attention}

@@ -120,6 +120,43 @@ def test_a_name_without_region_is_reported(tmp_path):
     assert found.not_found == ["tiny"]
 
 
+NESTED = """
+     0   :  { %s1 = smov 0 } /* Start region 0 */
+   0x1 LB: > { %s2 = sphi %s1 } /* Start region 9 */
+   0x2 LB: >> { %v1 = vadd.f32 %v0, %v0 /* loc("[strip]":0:0) */ } /* Start region 8 */
+   0x3 LB: >>> { %s3 = sphi %s1 } /* Start region 7 */
+   0x4 LB: >>>> { %v2 = vadd.f32 %v1, %v1 /* loc("[square]":0:0) */ } /* Start region 6 */
+   0x5   : >>>> { %11 = sbr.rel (!%p3) target = $region6 }
+   0x6   :  {} /* End region 6 */
+   0x7 PF: >>> { %12 = sbr.rel (!%p4) target = $region7 } /* Start region 20 */
+   0x8   :  {}
+   0x9 PF: >> { %13 = sbr.rel (!%p5) target = $region8 } /* Start region 21 */
+   0xa   :  {}
+   0xb PF: > { %14 = sbr.rel (!%p6) target = $region9 } /* Start region 22 */
+   0xc   :  {}
+   0xd PF:  {} /* Start region 10 */
+"""
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_loops_within_loops(tmp_path, merged):
+    """Red if _implied is gone (a loop that holds only a loop has no instructions to name it), or if
+    _key keeps to the parent's whole path (merged: a body whose loop has one round lies in the
+    strips' loop and gives it its name)."""
+    counts = {"grid": 5, "strip": 2, "strip/squares": 30, "strip/squares/square": 400}
+    if merged:
+        counts["strip/body"] = 2
+    schedule = NESTED.replace("[strip]", "[body]" if merged else "[strip]")
+    found = cost.attribute(_kernel(tmp_path, schedule), counts, topology.CHIPS["v5e"])
+    assert [(r.bundles, r.executed) for r in found.regions] == [
+        (2, 1),
+        (3, 7),
+        (3, 2),
+        (3, 30),
+        (3, 400),
+    ]
+
+
 def test_an_unknown_product_is_an_error(tmp_path):
     """Red if bundles._rows takes unknown operand types for bf16."""
     with pytest.raises(ValueError, match="vmatmul.f4.gmra: operand type"):

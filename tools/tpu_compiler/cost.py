@@ -104,14 +104,18 @@ def attribute(kernel: Kernel, counts: dict[str, float], chip: Chip) -> KernelCos
     def visit(node: Node, parent: tuple[str, ...], executed: float, in_grid: bool) -> None:
         word, purity = _name(kernel, node, words)
         path, how = parent, "its parent's"
+        if node.kind == "loop" and word in parent[-1:]:
+            word = ""  # what was hoisted out of a loop in it; its own name must be another
+        if node.kind == "loop" and not word and parent:
+            word = _implied(kernel, node, words, parent, wanted)
         if node.kind == "kernel":
             executed, how, word = cores, "once a core", ""
         elif word and word not in parent[-1:]:
-            path = (*parent, word)
-            key = _match(path, wanted)
+            key = _key(parent, word, wanted)
             if key is None:
+                name = "/".join((*parent, word))
                 raise ValueError(
-                    f"{kernel.name}: region {'/'.join(path)!r} at {node.start:#x} has no count; "
+                    f"{kernel.name}: region {name!r} at {node.start:#x} has no count; "
                     f"counts name {sorted(wanted)}"
                 )
             path, executed, how = tuple(key.split("/")), wanted[key], "named"
@@ -185,6 +189,31 @@ def _name(kernel: Kernel, node: Node, words: list[str]) -> tuple[str, float]:
     if node.kind == "region" and word in guards:
         word = ""  # the test in front of a loop, holding what was hoisted out of it
     return word, most / votes.total()
+
+
+def _implied(kernel, node: Node, words: list[str], parent: tuple, wanted: dict) -> str:
+    """The name of a loop without instructions of its own: the one step between the parent's path
+    and that of a named loop inside; "" if there is not just one."""
+    inside, stack = set(), list(node.children)
+    while stack:
+        child = stack.pop()
+        stack += child.children
+        key = _key(parent, _name(kernel, child, words)[0], wanted)
+        steps = key.split("/") if key else []
+        while steps and steps[0] in parent:
+            steps.pop(0)
+        if len(steps) > 1:
+            inside.add(steps[0])
+    return inside.pop() if len(inside) == 1 else ""
+
+
+def _key(parent: tuple[str, ...], word: str, wanted: dict[str, float]) -> str | None:
+    """The wanted path of a region called `word` inside `parent`. A loop of one round is no loop in
+    the schedule and its body lies one level up, so ever less of the parent's path may match."""
+    for depth in range(len(parent), -1, -1):
+        if key := _match((*parent[:depth], word), wanted):
+            return key
+    return None
 
 
 def _match(path: tuple[str, ...], wanted: dict[str, float]) -> str | None:
