@@ -23,14 +23,24 @@ from tpu_compiler.worker import Worker
 
 DEMO = Path(__file__).with_name("demo_packings.json")
 MILLION = 1e6
-# name -> (builder, its options); blocks are the best that design/tpu.md found, section 3
+# kernel -> {name: (builder, its options)}; blocks are the best of design/tpu.md, section 3
+BASELINES = "tpu_compiler.baselines"
+OURS = ("kernel_cases:build", {})
 KERNELS = {
-    "ours": ("kernel_cases:build", {}),
-    "splash": ("tpu_compiler.baselines:splash", {}),
-    "splash fused": ("tpu_compiler.baselines:splash_fused", {}),
-    "flash": ("tpu_compiler.baselines:flash", {}),
-    "tokamax": ("tpu_compiler.baselines:tokamax", {}),
-    "tokamax kv 256": ("tpu_compiler.baselines:tokamax", {"blocks": [1024, 1024, 256]}),
+    "attention": {
+        "ours": OURS,
+        "splash": (f"{BASELINES}:splash", {}),
+        "splash fused": (f"{BASELINES}:splash_fused", {}),
+        "flash": (f"{BASELINES}:flash", {}),
+        "tokamax": (f"{BASELINES}:tokamax", {}),
+        "tokamax kv 256": (f"{BASELINES}:tokamax", {"blocks": [1024, 1024, 256]}),
+    },
+    "decode_attention": {"ours": OURS},
+    "cross_entropy": {
+        "ours": OURS,
+        "XLA, whole logits": ("kernel_cases:cross_entropy", {"implementation": "reference"}),
+        "XLA, our chunks": ("kernel_cases:cross_entropy", {"implementation": "chunked"}),
+    },
 }
 DIRECTIONS = ("forward", "forward+backward")
 
@@ -56,12 +66,14 @@ def packings(seq: int) -> dict[str, list[int]]:
 def measure_chip(chip: str, options: argparse.Namespace, step) -> dict:
     """{(direction, implementation): result} of one chip, in a process of its own."""
     worker, results = Worker(tuple(options.path)), {}
-    rows = {name: {"lengths": lengths} for name, lengths in packings(options.seq).items()}
+    rows = {}
+    if options.kernel == "attention":
+        rows = {name: {"lengths": lengths} for name, lengths in packings(options.seq).items()}
     try:
         for direction in options.direction:
             case = _case(chip, direction, options, [options.seq])
             for name in options.only:
-                builder, extra = KERNELS[name]
+                builder, extra = KERNELS[options.kernel][name]
                 blocks = tuple(options.blocks) if name == "ours" else ()
                 asked = dataclasses.replace(case, blocks=blocks)
                 job = {"case": dataclasses.asdict(asked), "builder": builder}
@@ -87,7 +99,7 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
         )
         for column in (
             *("kernel", "Mcycles", "in kernels", "outside", "unclamped", "MXU", "VALU"),
-            *("spill st/ld", "VMEM MiB", "bundles", "compile s", "x best", "x floor"),
+            *("spill st/ld", "VMEM MiB", "temp MiB", "bundles", "compile s", "x best", "x floor"),
         ):
             table.add_column(column, justify="left" if column == "kernel" else "right")
         for name, result in mine.items():
@@ -99,7 +111,7 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
                 found.append(f"  {name}: {result['why']}: {result['error']}")
             elif options.regions:
                 found += [regions(kernel) for kernel in result["kernels"]]
-        if mine.get("ours", {}).get("ok"):
+        if options.kernel == "attention" and mine.get("ours", {}).get("ok"):
             found.append(_packed(chip, direction, mine["ours"], best, options))
     return found
 
@@ -111,10 +123,11 @@ def _row(result: dict, best: float, floor: float) -> list[str]:
         f"{result['cycles'] / MILLION:.3f}",
         f"{result['outside_cycles'] / MILLION:.3f}",
         f"{result['schedule_cycles'] / MILLION:.3f}",
-        f"{result['mxu_cycles'] / result['cycles']:.0%}",
+        f"{result['mxu_cycles'] / max(1, result['cycles']):.0%}",
         f"{result['shares']['VALU']:.0%}",
         f"{result['spill_stores']}/{result['spill_fills']}",
         f"{result['vmem_bytes'] / 2**20:.1f}",
+        f"{result['temp_bytes'] / 2**20:.0f}",
         str(result["code_bundles"]),
         f"{result['compile_seconds']:.1f}",
         f"{total / best:.2f}",
@@ -170,6 +183,7 @@ def _case(chip: str, direction: str, options: argparse.Namespace, lengths: list[
         head_dim=options.head_dim,
         dtype=options.dtype,
         lengths=tuple(lengths),
+        sizes=(("embed", options.embed), ("vocab", options.vocab)),
     )
 
 
@@ -181,12 +195,13 @@ def _block(text: str) -> tuple[str, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=["v4", "v5e", "v5p", "v6e"])
-    kernels = ("attention", "decode_attention", "cross_entropy")
-    parser.add_argument("--kernel", choices=kernels, default="attention")
+    parser.add_argument("--kernel", choices=KERNELS, default="attention")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--embed", type=int, default=8192, help="of cross_entropy")
+    parser.add_argument("--vocab", type=int, default=32128, help="of cross_entropy")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--path", nargs="*", default=[], help="folders to import tokamax from")
     parser.add_argument(
@@ -198,11 +213,14 @@ def main() -> int:
         metavar="N=V",
     )
     parser.add_argument("--json", type=Path, help="also write every figure and region here")
-    parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--only", nargs="+", help="of the kernel's rows, as ours splash")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--regions", action="store_true", help="show where the cycles go")
     parser.add_argument("--no-crosscheck", action="store_true")
     options = parser.parse_args()
+    options.only = options.only or list(KERNELS[options.kernel])
+    if unknown := set(options.only) - set(KERNELS[options.kernel]):
+        parser.error(f"--only {unknown}: choose from {list(KERNELS[options.kernel])}")
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)

@@ -113,6 +113,57 @@ def _attention(case: Case) -> Built:
     return Built(fn, args, counts)
 
 
+def cross_entropy(case: Case, implementation: str = "pallas_tpu") -> Built:
+    """Loss of one row of `seq` tokens, sizes "embed" and "vocab", in one chunk; "backward" is not a
+    thing of its own, as the gradient is computed in the forward pass."""
+    import jax
+    import jax.numpy as jnp
+    from lemur_kernels import cross_entropy as package
+
+    N, E, V = case.seq, dict(case.sizes)["embed"], dict(case.sizes)["vocab"]
+    if case.direction == "backward":
+        raise NotImplementedError("cross-entropy is compiled forward or forward+backward")
+    names = package.cross_entropy.__code__.co_varnames
+    if implementation == "pallas_tpu" and "chip" not in names:
+        raise NotImplementedError("cross_entropy has no TPU kernel yet")
+    chip = {"chip": case.chip} if implementation == "pallas_tpu" else {}
+
+    def loss(x, w, targets, weights):
+        out = package.cross_entropy(
+            *(x, w, targets, weights),
+            z_loss=1e-4,
+            chunk_tokens=N,
+            implementation=implementation,
+            **chip,
+        )
+        return out.loss + out.z_loss
+
+    fn = loss if case.direction == "forward" else jax.value_and_grad(loss, (0, 1))
+    args = [
+        ((1, N, E), jnp.dtype(case.dtype)),
+        ((E, V), jnp.dtype(case.dtype)),
+        ((1, N), jnp.int32),
+        ((1, N), jnp.float32),
+    ]
+    if implementation != "pallas_tpu":
+        return Built(fn, args, {})
+    from lemur_kernels.cross_entropy.blocks import choose
+
+    b = choose(case.chip, N, E, V, case.dtype)
+    tokens, columns, depth = -(-N // b.tokens), -(-V // b.columns), E // b.depth
+    counts = {
+        "lemur_cross_entropy_project": {
+            "grid": tokens * columns * depth,
+            "start": tokens,
+            "clear": tokens * columns,
+            "strip": tokens * columns * (b.tokens // b.strip),
+            "close": tokens,
+        },
+        "lemur_cross_entropy_gradient": {"grid": -(-N // b.gradient_tokens) * columns},
+    }
+    return Built(fn, args, counts)
+
+
 def _tiling(case: Case, backward: bool):
     """The package's own choice for the chip, with the case's blocks in it; "forward_heads" and
     "backward_heads" are one direction's."""
@@ -127,4 +178,4 @@ def _tiling(case: Case, backward: bool):
     return dataclasses.replace(chosen, **blocks)
 
 
-BUILDERS = {"attention": _attention}
+BUILDERS = {"attention": _attention, "cross_entropy": cross_entropy}

@@ -177,13 +177,18 @@ HLO = """HloModule m
   ROOT %twice = f32[8,128]{1,0} add(%x, %x)
 }
 
+%c (q: f32[8,128]) -> f32[8,8] {
+  ROOT %o = f32[8,8]{1,0} convolution(%q, %q), dim_labels=bf_oi->bf
+}
+
 ENTRY %main (a: bf16[4,256]) -> f32[8,128] {
   %a = bf16[4,256]{1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[4,256]{1,0} bitcast(%a)
   %k = (f32[8,128]{1,0}, u8[16]{0}) custom-call(%b), custom_call_target="tpu_custom_call", m={
 }}
   %y = f32[8,128]{1,0} get-tuple-element(%k), index=0
-  %f = f32[8,128]{1,0} fusion(%y, %a), kind=kLoop, calls=%c
+  %f = f32[8,128]{1,0} fusion(%y, %a), kind=kLoop, calls=%e
+  %d = f32[8,8]{1,0} fusion(%f), calls=%c, backend_config={"estimated_cycles":"7000000"}
   %s = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]) copy-start(%f)
   %w = (s32[], f32[8,128]{1,0}) while(%f), body=%body, config={"known_trip_count":{"n":"5"}}
   ROOT %z = f32[8,128]{1,0} get-tuple-element(%w), index=1
@@ -191,19 +196,18 @@ ENTRY %main (a: bf16[4,256]) -> f32[8,128] {
 """
 
 
-def test_bytes_outside_the_kernels():
-    """Red if outside_bytes charges the Pallas call, or a loop's body once."""
-    array = 8 * 128 * 4
-    assert outside.outside_bytes(HLO) == {"f": 2 * array + 4 * 256 * 2, "w": 5 * 3 * array}
-    chip = topology.CHIPS["v5e"]
-    seconds = (17 * array + 2048) / chip.hbm_bytes_per_s
-    assert outside.outside_cycles(HLO, chip) == pytest.approx(seconds * chip.clock_hz)
+def test_operations_outside_the_kernels():
+    """Red if outside charges the Pallas call, a loop's body once, or a product by bytes alone."""
+    array, chip = 8 * 128 * 4, topology.CHIPS["v5e"]
+    a_byte = chip.clock_hz / chip.hbm_bytes_per_s
+    expected = {"f": (2 * array + 4 * 256 * 2) * a_byte, "w": 5 * 3 * array * a_byte, "d": 7e6}
+    assert outside.outside(HLO, chip) == pytest.approx(expected)
 
 
 def test_a_loop_of_unknown_length_is_an_error():
     """Red if a while without known_trip_count counts once."""
     with pytest.raises(ValueError, match="%w outside the kernels loops an unknown number"):
-        outside.outside_bytes(HLO.replace("known_trip_count", "trips"))
+        outside.outside(HLO.replace("known_trip_count", "trips"), topology.CHIPS["v4"])
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,11 @@ def segment_ids(case: Case):
 
 
 def floor_cycles(case: Case) -> float:
-    """Matrix-unit floor of attention, cycles per core: the row passes of the 512 x 512 blocks
-    that hold a visible pair, the ones on the diagonal as trapezoids in strips of mxu_size.
+    """Matrix-unit floor, cycles per core.
+
+    Cross-entropy: its products at peak, one forward and two for the gradients. Attention: the row
+    passes of the 512 x 512 blocks that hold a visible pair, the ones on the diagonal as trapezoids
+    in strips of mxu_size.
 
     Scores contract over head_dim, so a pass fills head_dim of the unit's rows (rounded up);
     P V can be written with P stationary, and then fills it. Backward is 2.5 forwards (7 products
@@ -96,6 +99,11 @@ def floor_cycles(case: Case) -> float:
     import numpy as np
 
     chip = chip_named(case.chip)
+    if case.kernel == "cross_entropy":
+        sizes = dict(case.sizes)
+        products = {"forward": 1, "backward": 2, "forward+backward": 3}[case.direction]
+        flops = 2.0 * products * case.seq * sizes["embed"] * sizes["vocab"]
+        return flops / chip.flops_per_cycle / chip.cores
     ids, block, mxu_size = segment_ids(case), min(512, case.seq), chip.mxu_size
     visible = 0.0
     strip = min(mxu_size, block)

@@ -89,11 +89,19 @@ def compile_for(
     """
     import jax
     import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import (
+        AbstractDevice,
+        AbstractMesh,
+        Mesh,
+        NamedSharding,
+        PartitionSpec,
+        use_abstract_mesh,
+    )
 
     dump = Path(os.environ["LEMUR_TPU_DUMP"])
     before = set(dumped(dump))
-    mesh = Mesh(np.array([one_device(chip)]), ("x",))
+    device = one_device(chip)
+    mesh = Mesh(np.array([device]), ("x",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def abstract(x):
@@ -101,8 +109,11 @@ def compile_for(
 
     pairs = [jax.ShapeDtypeStruct(*x) if isinstance(x, tuple) else x for x in args]
     pairs = jax.tree.map(abstract, pairs)
+    # Tells kernels their target (pltpu.get_tpu_info), as a mesh of real devices would.
+    target = AbstractDevice(device.device_kind, device.num_cores, "tpu")
     try:
-        lowered = jax.jit(fn).trace(*pairs).lower(lowering_platforms=("tpu",))
+        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=target)):
+            lowered = jax.jit(fn).trace(*pairs).lower(lowering_platforms=("tpu",))
         started = time.monotonic()
         compiled = lowered.compile(compiler_options=compiler_options)
     except Exception as error:  # jaxlib raises several types; all of them are the verdict

@@ -1,15 +1,18 @@
-"""What runs outside the Pallas kernels, charged by the bytes it moves: the whole model.
+"""What runs outside the Pallas kernels: bytes over bandwidth, matrix products as compiled.
 
 Every other operation of the scheduled program reads each of its operands and writes its result
 once, at the chip's HBM bandwidth, one after the other. So a reduction of partial sums, a transpose,
-a cast or a delta costs bytes / bandwidth x clock cycles. Arithmetic is not charged, nor are
-asynchronous copies and slices (the compiler's prefetch of a kernel's operands into VMEM or CMEM,
-which the kernel would read anyway); an operation on such a prefetched buffer is charged like any
-other. A loop is charged its body times its known trip count, a conditional its dearest branch.
+a cast or a delta costs bytes / bandwidth x clock cycles. An operation that holds a matrix product
+costs at least the compiler's own estimated_cycles, which for products is its final schedule
+(design/tpu.md, section 1). Other arithmetic is not charged, nor are asynchronous copies and slices
+(the compiler's prefetch of a kernel's operands into VMEM or CMEM, which the kernel would read
+anyway); an operation on such a prefetched buffer is charged like any other. A loop is charged its
+body times its known trip count, a conditional its dearest branch.
 """
 
 import math
 import re
+from typing import NamedTuple
 
 from tpu_compiler.topology import Chip
 
@@ -33,8 +36,19 @@ _LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$"
 _SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsu]\d+)\[([\d,]*)\]")
 
 
-def outside_bytes(hlo: str) -> dict[str, int]:
-    """{operation: HBM bytes} of the scheduled program's entry computation, Pallas calls left out.
+class Cost(NamedTuple):
+    """Of one operation: HBM bytes, and the cycles of a TensorCore for its matrix products."""
+
+    bytes: int
+    product_cycles: int = 0
+
+    def cycles(self, chip: Chip) -> float:
+        """The slower of the two."""
+        return max(self.bytes / chip.hbm_bytes_per_s * chip.clock_hz, self.product_cycles)
+
+
+def outside(hlo: str, chip: Chip) -> dict[str, float]:
+    """{operation: cycles of one TensorCore} of the scheduled program, Pallas calls left out.
 
     Raises:
       ValueError: a loop whose trip count the compiler does not state.
@@ -43,18 +57,13 @@ def outside_bytes(hlo: str) -> dict[str, int]:
     for match in _HEAD.finditer(hlo):
         bodies[match[2]] = hlo[match.end() : hlo.index("\n}\n", match.end())]
         entry = match[2] if match[1] else entry
-    return _bytes_of(bodies, entry)
+    return _computation(bodies, entry, chip)
 
 
-def outside_cycles(hlo: str, chip: Chip) -> float:
-    """Cycles of one TensorCore while the operations outside the kernels move their bytes."""
-    return sum(outside_bytes(hlo).values()) / chip.hbm_bytes_per_s * chip.clock_hz
-
-
-def _bytes_of(bodies: dict[str, str], computation: str) -> dict[str, int]:
+def _computation(bodies: dict[str, str], name: str, chip: Chip) -> dict[str, float]:
     shapes: dict[str, str] = {}
-    found: dict[str, int] = {}
-    for line in bodies[computation].splitlines():
+    found: dict[str, float] = {}
+    for line in re.split(r"\n(?=  )", bodies[name]):
         match = _LINE.match(line)
         if not match:
             continue
@@ -63,7 +72,7 @@ def _bytes_of(bodies: dict[str, str], computation: str) -> dict[str, int]:
         target = re.search(r'custom_call_target="(\w+)"', line)
         if op in _FREE or (target and target[1] in _FREE_CALLS):
             continue
-        inner = [sum(_bytes_of(bodies, called).values()) for called in _called(op, rest)]
+        inner = [sum(_computation(bodies, c, chip).values()) for c in _called(op, rest)]
         if op == "while":
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             if not trips:
@@ -73,9 +82,18 @@ def _bytes_of(bodies: dict[str, str], computation: str) -> dict[str, int]:
             found[name] = max(inner)
         else:
             operands = re.findall(r"%([\w.\-]+)", rest.split("), ", 1)[0])
-            read = sum(_bytes(shapes.get(operand, "")) for operand in operands)
-            found[name] = _bytes(shape) + read
+            moved = _bytes(shape) + sum(_bytes(shapes.get(x, "")) for x in operands)
+            found[name] = Cost(moved, _product_cycles(bodies, op, line)).cycles(chip)
     return found
+
+
+def _product_cycles(bodies: dict[str, str], op: str, line: str) -> int:
+    fused = re.search(r"calls=%([\w.\-]+)", line)
+    text = bodies.get(fused[1], "") if fused else f" {op}("
+    if not re.search(r" (convolution|dot)\(", text):
+        return 0
+    estimate = re.search(r'"estimated_cycles":"(\d+)"', line)
+    return int(estimate[1]) if estimate else 0
 
 
 def _called(op: str, rest: str) -> list[str]:

@@ -68,7 +68,7 @@ def measure(
             name: attributed(build(case_of(dataclasses.asdict(case) | fields)).counts)
             for name, fields in (variants or {}).items()
         }
-        elsewhere = outside.outside_cycles(compiled.hlo, chip)
+        elsewhere = outside.outside(compiled.hlo, chip)
     except ValueError as error:
         return {"ok": False, "why": "unread", "error": str(error)}
     cycles = sum(kernel.cycles for kernel in kernels)
@@ -81,7 +81,8 @@ def measure(
         "ok": True,
         **_sums(kernels),
         "variants": {name: _sums(kernels) for name, kernels in rows.items()},
-        "outside_cycles": round(elsewhere),
+        "outside_cycles": round(sum(elsewhere.values())),
+        "outside": {name: round(n) for name, n in elsewhere.items() if n >= 1000},
         "shares": {slot: share(slot) for slot in ("VALU", "VLOAD", "VSTORE", "EUP", "XLU")},
         "spill_stores": sum(k.static("VSTORE:SPILL") for k in kernels),
         "spill_fills": sum(k.static("VLOAD:FILL") for k in kernels),
