@@ -4,10 +4,10 @@
     python tools/certify_kernels.py --chip v4 --head-dim 128 --seq 4096 --heads 64/8
     python tools/certify_kernels.py --check 5    # compile 5 lines again and compare
 
-A shape of 4096 tokens is compiled with each candidate of kernel_cases.candidates; of those that the
-compiler accepts the one with the fewest predicted cycles is certified. Other lengths try the same
-candidates best first (below 4096 also one that 4096 had no room for), and are compiled all the
-same. Every result is kept as a line of
+A shape of 4096 tokens is compiled with the candidates of kernel_cases.candidates in their order,
+until the compiler accepted --accept of them; the one with the fewest predicted cycles is certified.
+Other lengths try candidates of that one's size first (below 4096 also their own first one, for
+which 4096 may have had no room), and are compiled all the same. Every result is kept as a line of
 --journal, so a second run compiles only what is missing: what was compiled from other kernel code
 (kernel_cases.fingerprint) or by another compiler is not taken from there.
 """
@@ -128,7 +128,9 @@ def run(matrix: list[list[Case]], builder, options, console: Console) -> dict[Ca
                         group = waiting.get_nowait()
                     except queue.Empty:
                         return
-                    for case, tried in certify_group(group, builder.candidates, ask):
+                    for case, tried in certify_group(
+                        group, builder.candidates, ask, options.accept
+                    ):
                         attempts[case] = tried
                         progress.advance(task)
             finally:
@@ -142,24 +144,33 @@ def run(matrix: list[list[Case]], builder, options, console: Console) -> dict[Ca
     return attempts
 
 
-def certify_group(group: list[Case], candidates, ask):
+def certify_group(group: list[Case], candidates, ask, accept: int):
     """Yields (case, [(blocks, result)]) of one program at several lengths; see the module."""
+
+    def first(case: Case, order: list[dict], wanted: int) -> list[tuple[dict, dict]]:
+        tried: list[tuple[dict, dict]] = []
+        for blocks in order:
+            tried.append((blocks, ask(case, blocks)))
+            if sum(result["ok"] for _, result in tried) == wanted:
+                break
+        return tried
+
+    def size(blocks: dict) -> tuple:
+        return blocks.get("block"), blocks.get("heads")
+
     reference = min(group, key=lambda case: abs(case.seq - REFERENCE))
-    tried = [(blocks, ask(reference, blocks)) for blocks in candidates(reference)]
+    tried = first(reference, candidates(reference), accept)
     yield reference, tried
     accepted = sorted((pair for pair in tried if pair[1]["ok"]), key=lambda pair: total(pair[1]))
-    ranked = [blocks for blocks, _ in accepted]
-    no_room = [blocks for blocks, result in tried if not result["ok"]]
+    rank = {size(blocks): place for place, (blocks, _) in reversed([*enumerate(accepted)])}
     for case in sorted(group, key=lambda case: case.seq):
         if case is reference:
             continue
-        orders = [no_room, ranked] if case.seq < reference.seq else [ranked + no_room]
-        tried = []
-        for order in orders:
-            for blocks in order:
-                tried.append((blocks, ask(case, blocks)))
-                if tried[-1][1]["ok"]:
-                    break
+        own = candidates(case)
+        ranked = sorted(own, key=lambda blocks: rank.get(size(blocks), len(rank)))
+        tried = first(case, ranked, 1)
+        if case.seq < reference.seq:  # what the reference had no room for may fit here
+            tried += first(case, own, 1)
         yield case, tried
 
 
@@ -196,6 +207,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
+    parser.add_argument("--accept", type=int, default=2, help="accepted candidates to compare")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one compilation")
     parser.add_argument("--journal", type=Path, default=Path("build/certify.jsonl"))
     parser.add_argument("--check", type=int, metavar="N", help="compile N lines of --out again")

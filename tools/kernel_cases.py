@@ -2,7 +2,6 @@
 counts out. The only file of the tools that knows the kernel package."""
 
 from tpu_compiler.cases import Built, Case, segment_ids
-from tpu_compiler.topology import chip_named
 
 
 def build(case: Case) -> Built:
@@ -16,22 +15,14 @@ def build(case: Case) -> Built:
     return BUILDERS[case.kernel](case)
 
 
-def candidates(case: Case) -> list[dict[str, int]]:
-    """Block sizes to try for the case, by name; [] where there is no kernel.
-
-    Each is what `case.blocks` takes: fields of the kernel's Tiling.
-    """
+def candidates(case: Case) -> list[dict]:
+    """Block sizes to try for the case, the ones expected to be fastest first; [] where there is no
+    kernel. Each is what `case.blocks` takes: the fields of the kernel's Tiling."""
     import dataclasses
 
     if case.kernel != "attention":
         return []
-    chosen = dataclasses.asdict(_tiling(case, case.direction == "backward"))
-    tried = [{n: chosen[n] for n in ("block", "heads", "unroll", "strip", "trapezoid")}]
-    for heads in (4, 2, 1):
-        fewer = {"heads": heads, "unroll": min(tried[0]["unroll"], heads)}
-        if heads < tried[0]["heads"] and case.heads % heads == 0:
-            tried.append(tried[0] | fewer)
-    return tried
+    return [dataclasses.asdict(tiling) for tiling in _proposals(case, case.direction)]
 
 
 def fingerprint() -> str:
@@ -45,7 +36,14 @@ def fingerprint() -> str:
     folder = Path(package.__file__).parent
     code = [
         ast.dump(ast.parse((folder / name).read_text()))
-        for name in ("mask.py", "steps.py", "tpu_forward.py", "tpu_backward.py", "pallas_tpu.py")
+        for name in (
+            "mask.py",
+            "steps.py",
+            "tilings.py",
+            "tpu_forward.py",
+            "tpu_backward.py",
+            "pallas_tpu.py",
+        )
     ]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
@@ -57,6 +55,7 @@ def _attention(case: Case) -> Built:
     from lemur_kernels.attention import pallas_tpu as tpu
     from lemur_kernels.attention.counts import region_counts
     from lemur_kernels.attention.mask import Options, Rows
+    from lemur_kernels.attention.tilings import kv_heads_per_step
 
     H, K, S, D = case.heads, case.kv_heads, case.seq, case.head_dim
     window = case.window if case.mask == "window" else None
@@ -90,7 +89,7 @@ def _attention(case: Case) -> Built:
         "backward": (backward, inputs + saved),
         "forward+backward": (both, [*inputs, q]),
     }
-    chains = K // tpu.tpu_forward.kv_heads_per_step(tilings[True].heads, H // K)
+    chains = K // kv_heads_per_step(tilings[True].heads, H // K)
     with jax.default_device(jax.devices("cpu")[0]):
         rows = rows_of(ids_1S.astype(np.int32), positions_1S.astype(np.int32))
         counts = {
@@ -106,6 +105,8 @@ def _attention(case: Case) -> Built:
                 chains=chains * tilings[True].split,
             ),
         }
+    # one call for each span of keys that dk and dv are held of
+    counts["lemur_attention_backward"] |= {"calls": -(-S // tilings[True].span)}
     # the repeat with a running maximum: its list is empty unless scores leave the safe range
     counts["lemur_attention_online"] = dict.fromkeys(counts["lemur_attention_forward"], 0)
     counts["lemur_attention_online"]["start"] = 0
@@ -164,17 +165,34 @@ def cross_entropy(case: Case, implementation: str = "pallas_tpu") -> Built:
     return Built(fn, args, counts)
 
 
+def _proposals(case: Case, direction: str) -> list:
+    from lemur_kernels.attention.tilings import proposals
+
+    itemsize = {"bfloat16": 2, "float32": 4}[case.dtype]
+    sizes = (case.head_dim, case.heads, case.kv_heads, case.seq)
+    return proposals(case.chip, direction, itemsize, *sizes)
+
+
 def _tiling(case: Case, backward: bool):
-    """The package's own choice for the chip, with the case's blocks in it; "forward_heads" and
-    "backward_heads" are one direction's."""
+    """The certified tiling, else the first proposal, with the case's blocks in it; "forward_heads"
+    and "backward_heads" are one direction's."""
     import dataclasses
 
-    from lemur_kernels.attention import pallas_tpu as tpu
+    from lemur_kernels.attention import shapes
+    from lemur_kernels.attention.tilings import Tiling
 
-    wide = chip_named(case.chip).mxu_size == 256
-    chosen = tpu.choose(case.seq, case.heads, case.kv_heads, wide, backward)
-    mine, other = ("backward_", "forward_") if backward else ("forward_", "backward_")
-    blocks = {n.removeprefix(mine): v for n, v in case.blocks if not n.startswith(other)}
+    direction, other = ("backward", "forward") if backward else ("forward", "backward")
+    blocks = {
+        name.removeprefix(f"{direction}_"): value
+        for name, value in case.blocks
+        if not name.startswith(f"{other}_")
+    }
+    sizes = (case.head_dim, case.heads, case.kv_heads, case.seq)
+    shape = shapes.Shape(case.chip, direction, case.dtype, *sizes)
+    try:
+        chosen = Tiling(**shapes.certificate_for(shape).blocks)
+    except (ValueError, FileNotFoundError):  # not certified yet: certify_kernels.py asks this too
+        chosen = _proposals(case, direction)[0]
     return dataclasses.replace(chosen, **blocks)
 
 

@@ -36,7 +36,7 @@ class Case:
     mask: str = "segments"
     window: int = 0
     lengths: tuple[int, ...] = (4096,)
-    blocks: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[tuple[str, int | None], ...] = ()
     sizes: tuple[tuple[str, int], ...] = ()
 
     def key(self) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 from tpu_compiler.bundles import Kernel, Node
 from tpu_compiler.topology import Chip
 
-RESERVED = ("grid", "cores", "critical")
+RESERVED = ("grid", "calls", "cores", "critical")
 
 
 @dataclasses.dataclass
@@ -89,8 +89,9 @@ def attribute(kernel: Kernel, counts: dict[str, float], chip: Chip) -> KernelCos
 
     Args:
       counts: {region path: times its body runs in one call, all cores together}; "grid" is the
-        number of grid steps, "cores" the TensorCores that share them (the chip's by default),
-        "critical" the busier core's share of the work (1 / cores by default).
+        number of grid steps, "calls" how often the kernel is called (1), "cores" the TensorCores
+        that share the work (the chip's by default), "critical" the busier core's share of it
+        (1 / cores by default).
 
     Raises:
       ValueError: a loop without a name (its trip count is unknown), or a named region that no
@@ -109,7 +110,7 @@ def attribute(kernel: Kernel, counts: dict[str, float], chip: Chip) -> KernelCos
         if node.kind == "loop" and not word and parent:
             word = _implied(kernel, node, words, parent, wanted)
         if node.kind == "kernel":
-            executed, how, word = cores, "once a core", ""
+            executed, how, word = cores * counts.get("calls", 1), "once a core", ""
         elif word and word not in parent[-1:]:
             key = _key(parent, word, wanted)
             if key is None:
@@ -163,7 +164,8 @@ def attribute(kernel: Kernel, counts: dict[str, float], chip: Chip) -> KernelCos
 def _grid(kernel: Kernel, counts: dict[str, float], cores: float) -> float:
     if "grid" not in counts:
         raise ValueError(f"{kernel.name} has a grid loop: counts must give 'grid', its steps")
-    return counts["grid"] + 2 * cores  # the pipeline's first fetch and last write-back
+    # besides the steps, the pipeline's first fetch and last write-back
+    return counts["grid"] + 2 * cores * counts.get("calls", 1)
 
 
 def _name(kernel: Kernel, node: Node, words: list[str]) -> tuple[str, float]:

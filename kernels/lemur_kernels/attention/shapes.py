@@ -46,13 +46,13 @@ class Certificate:
 
     Attributes:
       shape: what was compiled.
-      blocks: the chosen sizes by name.
+      blocks: the chosen sizes by name: fields of tilings.Tiling.
       vmem_kib: fast memory that it takes. spills: registers stored to it, in the program text.
       kcycles: thousand cycles of a TensorCore by mask ("causal", "segments", "window").
     """
 
     shape: Shape
-    blocks: dict[str, int]
+    blocks: dict[str, int | None]
     vmem_kib: int
     spills: int
     kcycles: dict[str, float]
