@@ -32,7 +32,7 @@ _FREE = (
 )
 _FREE_CALLS = ("tpu_custom_call", "ConcatBitcast", "AllocateBuffer")  # kernels; no operation
 _HEAD = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", re.M)
-_LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_LINE = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$", re.S)
 _SHAPE = re.compile(r"\b(pred|bf16|f8\w+|[fsu]\d+)\[([\d,]*)\]")
 
 
