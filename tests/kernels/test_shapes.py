@@ -12,7 +12,7 @@ SHAPE = Shape("v4", "forward", "bfloat16", 128, 64, 8, 4096)
 def _certificate(blocks=None, **fields) -> Certificate:
     return Certificate(
         shape=dataclasses.replace(SHAPE, **fields),
-        blocks=blocks or {"block": 512, "heads": 8},
+        blocks=blocks or {"block": 512, "heads": 8, "vmem_bytes": None},
         vmem_kib=10108,
         spills=12,
         kcycles={"causal": 1268.7, "segments": 268.2},
@@ -22,7 +22,7 @@ def _certificate(blocks=None, **fields) -> Certificate:
 TABLE = [
     _certificate(),
     _certificate(seq=512),
-    _certificate(seq=8192, blocks={"block": 512, "heads": 2}),
+    _certificate(seq=8192, blocks={"block": 512, "heads": 2, "vmem_bytes": 2**24}),
     _certificate(heads=8, kv_heads=1),
     _certificate(heads=32, kv_heads=32),
     _certificate(head_dim=64),
@@ -35,16 +35,24 @@ TABLE = [
 
 @pytest.fixture
 def path(tmp_path):
-    found = tmp_path / "certified.json"
+    found = tmp_path / "certified.csv"
     found.write_text(shapes.table_text(TABLE, {"jax": "1"}))
     return found
 
 
 def test_the_table_reads_as_written(path):
-    """Red if table_text groups lengths whose blocks differ."""
+    """Red if an empty cell (vmem_bytes: the compiler's own limit) reads as 0."""
     assert sorted(shapes.certificates(path), key=str) == sorted(TABLE, key=str)
     assert shapes.table_text(list(reversed(TABLE)), {"jax": "1"}) == path.read_text()
-    assert len(path.read_text().splitlines()) == 2 + 9 + 1  # 4096 and 512 share a line
+    assert path.read_text().splitlines()[0] == "# compiler-predicted; jax 1"
+    assert len(path.read_text().splitlines()) == 2 + len(TABLE)
+
+
+def test_mixed_columns_are_refused():
+    """Red if table_text drops the blocks that the first line lacks."""
+    other = _certificate(seq=1024, blocks={"block": 512, "heads": 8, "width": 2})
+    with pytest.raises(ValueError, match="has other columns than .*certify all shapes again"):
+        shapes.table_text([*TABLE, other], {})
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_a_journal_cut_off_by_a_kill_is_read(tmp_path):
 )
 def test_a_toy_is_certified_once_and_checked(tmp_path, monkeypatch, capsys):
     """Red if the journal is not used (the second run compiles again), or check compares nothing."""
-    out, journal = tmp_path / "table.json", tmp_path / "journal.jsonl"
+    out, journal = tmp_path / "table.csv", tmp_path / "journal.jsonl"
     arguments = [
         *("certify_kernels.py", "--builder", "toy_kernel:build", "--path", HERE, "--seq", "4096"),
         *("--chip", "v5e", "--head-dim", "128", "--heads", "64/8", "--dtype", "bfloat16"),
@@ -95,7 +95,10 @@ def test_a_toy_is_certified_once_and_checked(tmp_path, monkeypatch, capsys):
     assert out.read_text() == table
     monkeypatch.setattr(sys, "argv", [*arguments, "--check", "1"])
     assert certify.main() == 0
-    out.write_text(table.replace('"spills": [0]', '"spills": [7]'))
+    line = table.splitlines()[-1]
+    spills = f",{found.vmem_kib},{found.spills},"
+    assert spills in line
+    out.write_text(table.replace(spills, f",{found.vmem_kib},7,"))
     shapes.certificates.cache_clear()
     assert certify.main() == 1
     assert "DIFFERS" in capsys.readouterr().out

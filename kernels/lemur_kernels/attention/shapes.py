@@ -1,16 +1,16 @@
 """Which shapes the TPU kernels are certified for, and the block sizes to run them with.
 
-certified.json is written by tools/certify_kernels.py: every line went through the TPU compiler for
+certified.csv is written by tools/certify_kernels.py: every line went through the TPU compiler for
 its chip (legality, fast memory, spills, predicted cycles). A shape outside of it is an error that
 names the nearest one inside. Reading it needs no device.
 """
 
+import csv
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
-TABLE = Path(__file__).with_name("certified.json")
+TABLE = Path(__file__).with_name("certified.csv")
 DEVICE_KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -74,27 +74,26 @@ def chip_of(device_kind: str) -> str:
 
 @functools.cache
 def certificates(path: Path = TABLE) -> tuple[Certificate, ...]:
-    """All of the table. A line holds equal blocks at several lengths, see `table_text`."""
-    found = []
-    for line in json.loads(path.read_text())["lines"]:
-        for i, seq in enumerate(line["seq"]):
-            found.append(
-                Certificate(
-                    shape=Shape(
-                        line["chip"],
-                        line["direction"],
-                        line["dtype"],
-                        line["head_dim"],
-                        *line["heads"],
-                        seq,
-                    ),
-                    blocks=dict(line["blocks"]),
-                    vmem_kib=line["vmem_kib"][i],
-                    spills=line["spills"][i],
-                    kcycles={mask: values[i] for mask, values in line["kcycles"].items()},
-                )
-            )
-    return tuple(found)
+    """All of the table: a comment, a header, one line for each shape."""
+    with path.open(newline="") as file:
+        file.readline()
+        return tuple(_certificate(row) for row in csv.DictReader(file))
+
+
+def _certificate(row: dict[str, str]) -> Certificate:
+    def part(prefix: str) -> dict[str, str]:
+        return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+
+    names = [field.name for field in dataclasses.fields(Shape)]
+    return Certificate(
+        shape=Shape(
+            *(row[n] if n in ("chip", "direction", "dtype") else int(row[n]) for n in names)
+        ),
+        blocks={name: int(value) if value else None for name, value in part("blocks.").items()},
+        vmem_kib=int(row["vmem_kib"]),
+        spills=int(row["spills"]),
+        kcycles={mask: float(value) for mask, value in part("kcycles.").items()},
+    )
 
 
 def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
@@ -158,27 +157,21 @@ def _outside(shape: Shape, name: str, value, supported: list) -> str:
 
 
 def table_text(found: list[Certificate], made_with: dict[str, str]) -> str:
-    """The table's file: one line of JSON per chip, direction, dtype, head_dim, heads and blocks,
-    sorted, so that a change of one program is a change of one line."""
-    groups: dict[str, list[Certificate]] = {}
+    """The table's file, one sorted line for each shape: a change of one is a change of one line.
+
+    Raises:
+      ValueError: certificates whose blocks or masks have different names.
+    """
+    rows = []
     for c in sorted(found, key=lambda c: dataclasses.astuple(c.shape)):
-        head = dataclasses.astuple(dataclasses.replace(c.shape, seq=0))
-        groups.setdefault(json.dumps([head, sorted(c.blocks.items())]), []).append(c)
-    lines = []
-    for group in groups.values():
-        shape = group[0].shape
-        line = {
-            "chip": shape.chip,
-            "direction": shape.direction,
-            "dtype": shape.dtype,
-            "head_dim": shape.head_dim,
-            "heads": [shape.heads, shape.kv_heads],
-            "blocks": dict(sorted(group[0].blocks.items())),
-            "seq": [c.shape.seq for c in group],
-            "vmem_kib": [c.vmem_kib for c in group],
-            "spills": [c.spills for c in group],
-            "kcycles": {m: [c.kcycles[m] for c in group] for m in group[0].kcycles},
-        }
-        lines.append(json.dumps(line))
-    head = json.dumps(made_with, sort_keys=True)
-    return f'{{"made_with": {head},\n "lines": [\n' + ",\n".join(lines) + "\n]}\n"
+        row = dataclasses.asdict(c.shape)
+        row |= {f"blocks.{name}": value for name, value in sorted(c.blocks.items())}
+        row |= {"vmem_kib": c.vmem_kib, "spills": c.spills}
+        rows.append(row | {f"kcycles.{mask}": value for mask, value in c.kcycles.items()})
+    names = [*rows[0]] if rows else []
+    for row in rows:
+        if [*row] != names:
+            raise ValueError(f"{row} has other columns than {names}: certify all shapes again")
+    comment = "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    return "".join(line + "\n" for line in (comment, *map(",".join, [names, *cells])))
