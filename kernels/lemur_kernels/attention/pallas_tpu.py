@@ -13,20 +13,20 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
+from lemur_kernels.attention import shapes, tpu_backward, tpu_forward
 from lemur_kernels.attention import steps as st
-from lemur_kernels.attention import tpu_backward, tpu_forward
 from lemur_kernels.attention.mask import Options, Rows
-from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step, proposals
+from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import LOG2_E
 
 RANGE = 80
 
 
 def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, *, tiling=None, interpret=False):
-    """See lemur_kernels.attention.api; (out_BTHD, lse_BHT)."""
-    tiling = tiling or default_tiling(q_BTHD, k_BSKD)
+    """See lemur_kernels.attention.api; (out_BTHD, lse_BHT). `tiling` is for measurements and, with
+    `interpret`, for tests; the certified one when None."""
+    tiling = tiling or certified_tiling(q_BTHD, k_BSKD, "forward")
     B, T, block = *q_BTHD.shape[:2], tiling.block
     out_HTD, lse_H1T = forward_heads_first(
         *(heads_first(x, block) for x in (q_BTHD, k_BSKD, v_BSKD)),
@@ -44,7 +44,7 @@ def backward(
     tiling=None, interpret=False,
 ):  # fmt: skip
     """See lemur_kernels.attention.api; (dq_BTHD, dk_BSKD, dv_BSKD)."""
-    tiling = tiling or default_tiling(q_BTHD, k_BSKD, backward=True)
+    tiling = tiling or certified_tiling(q_BTHD, k_BSKD, "backward")
     B, T, S, block = *q_BTHD.shape[:2], k_BSKD.shape[1], tiling.block
     lse_BHT = jnp.pad(lse_BHT, ((0, 0), (0, 0), (0, -T % block)), constant_values=jnp.inf)
     dq_HTD, dk_KSD, dv_KSD = backward_heads_first(
@@ -162,11 +162,21 @@ def _unsafe_blocks(lse_H1T, segments_BT, block: int) -> jax.Array:
     return unsafe_BT.reshape(unsafe_BT.shape[0], -1, block).any(-1)
 
 
-def default_tiling(q_BTHD, k_BSKD, backward: bool = False) -> Tiling:
-    wide = pltpu.get_tpu_info().mxu_column_size == 256
-    return choose(q_BTHD.shape[1], q_BTHD.shape[2], k_BSKD.shape[2], wide, backward)
+def certified_tiling(q_BTHD, k_BSKD, direction: str) -> Tiling:
+    """The certified tiling of a direction for the chip that this is traced for: the mesh's, which
+    may be one that is not attached (ahead-of-time compilation), or else the default device's.
 
-
-def choose(T, H, K, wide, backward=False) -> Tiling:
-    direction = "backward" if backward else "forward"
-    return proposals("v6e" if wide else "v4", direction, 2, 128, H, K, T)[0]
+    Raises:
+      ValueError: not a TPU, or a shape outside certified.csv; names the nearest one inside.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    shape = shapes.Shape(
+        chip=shapes.chip_of(device.device_kind),
+        direction=direction,
+        dtype=q_BTHD.dtype.name,
+        head_dim=q_BTHD.shape[3],
+        heads=q_BTHD.shape[2],
+        kv_heads=k_BSKD.shape[2],
+        seq=max(q_BTHD.shape[1], k_BSKD.shape[1]),
+    )
+    return Tiling(**shapes.certificate_for(shape).blocks)

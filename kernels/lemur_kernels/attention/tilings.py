@@ -84,6 +84,8 @@ def proposals(
     blocks += [b for b in (512, 256, 128) if b < blocks[0]]
     whole = -(-seq // 128) * 128  # a short row is one block
     found = []
+    if itemsize == 4:  # an f32 product is six passes: the code is that much longer
+        blocks = [b for b in blocks if b <= 512]
     for block in blocks:
         block = min(block, 1 << (whole - 1).bit_length())
         for at_once in (8, 4, 2, 1):
@@ -98,13 +100,20 @@ def proposals(
                 continue
             vmem = (c.vmem or 16) * MIB
             per_key = n * head_dim * (8 + 2 * (itemsize if split == 1 else 4))
+            unrolled = 2 if backward else 4
             room = int(vmem * (0.4 if c.vmem is None else 0.5)) // per_key // block * block
+            span = max(block, min(room, -(-seq // block) * block))
+            arrays = (5 if backward else 2) * at_once + 3 * n  # q, out and their like, twice
+            sums = at_once + (n * span // block * 2 if backward else 0)
+            used = block * head_dim * (2 * arrays * itemsize + 4 * sums)
+            if used > vmem:
+                continue
             found.append(
                 Tiling(
                     block=block,
                     heads=at_once,
-                    unroll=min(at_once, 512 * (2 if backward else 4) // block or 1),
-                    square_unroll=min(at_once, 2 if backward else 4),
+                    unroll=1 if itemsize == 4 else min(at_once, unrolled * 512 // block or 1),
+                    square_unroll=1 if itemsize == 4 else min(at_once, unrolled),
                     strip=min(512, block),
                     trapezoid=min(c.mxu, block),
                     square=min(256, block),
@@ -112,7 +121,7 @@ def proposals(
                     diagonal_depth=2 if backward else 4,
                     vmem_bytes=c.vmem and c.vmem * MIB,
                     split=split,
-                    span=max(block, min(room, -(-seq // block) * block)),
+                    span=span,
                 )
             )
     return list(dict.fromkeys(found))

@@ -23,6 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lemur_kernels.attention import steps as st
 from lemur_kernels.attention.mask import Options
+from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import (
     NN,
     NT,
@@ -37,11 +38,11 @@ from lemur_kernels.attention.tpu_forward import (
     mask_tile,
     softmax_scale,
 )
-from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 
 
 def _kernel(
-    places, actions, first_keys, span_ref, q_ref, k_ref, kt_ref, v_ref, out_ref, dout_ref, lse_ref, *refs,
+    places, actions, first_keys, span_ref,
+    q_ref, k_ref, kt_ref, v_ref, out_ref, dout_ref, lse_ref, *refs,
     options: Options, tiling: Tiling, marks: int, group: int, row_blocks: int, carried: bool,
 ):  # fmt: skip
     mark_refs, refs = refs[:marks], refs[marks:]
@@ -227,7 +228,7 @@ def _call(
     Returns (dq_HTD, dk, dv of the span); with `earlier`, the f32 dq so far as [H, D, T], that
     array with this span's part added.
     """
-    H, T, D = q_HTD.shape
+    H, _, D = q_HTD.shape
     K, S = k_KSD.shape[:2]
     h, group, block = tiling.heads, H // K, tiling.block
     n = kv_heads_per_step(h, group)

@@ -76,7 +76,8 @@ def static_tiles(tiling: Tiling, diagonal: bool) -> list[Tile]:
 
 
 def each_tile(kind: int, tiling: Tiling, first_keys, place, first_index, visit):
-    """Calls `visit(list of tiles, name of the region)` for all tiles of a pair of blocks that hold something visible.
+    """Calls `visit(list of tiles, name of the region)` for all tiles of a pair of blocks in which
+    something is visible.
 
     Full blocks and single documents on the diagonal are one static list. Where documents begin
     or end inside the pair, the tiles are squares, found at run time.
@@ -197,8 +198,8 @@ def div(x, n: int):
 
 
 def _kernel(
-    places, actions, first_keys, q_ref, k_ref, vt_ref, *refs, options: Options, tiling: Tiling, online: bool,
-    marks: int, group: int, row_blocks: int,
+    places, actions, first_keys, q_ref, k_ref, vt_ref, *refs,
+    options: Options, tiling: Tiling, online: bool, marks: int, group: int, row_blocks: int,
 ):  # fmt: skip
     mark_refs, refs = refs[:marks], refs[marks:]
     if online and options.packed:
