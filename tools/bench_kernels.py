@@ -111,6 +111,12 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
                 found.append(f"  {name}: {result['why']}: {result['error']}")
             elif options.regions:
                 found += [regions(kernel) for kernel in result["kernels"]]
+            if alone := result.get("one_core"):
+                more = sum(k["cycles"] for k in result["kernels"] if k["name"] in alone)
+                found.append(
+                    f"  {name}: no parallel dimension in {', '.join(alone)}: one of the two cores "
+                    f"would run it alone, {(_total(result) + more) / MILLION:.3f} Mcycles in all"
+                )
         if options.kernel == "attention" and mine.get("ours", {}).get("ok"):
             found.append(_packed(chip, direction, mine["ours"], best, options))
     return found

@@ -284,6 +284,14 @@ def test_a_kernel_by_its_names():
 
 @needs_libtpu
 @pytest.mark.slow
+def test_a_grid_that_one_core_runs_alone_is_reported():
+    """Red if one_core looks for "arbitrary" instead: every grid has one."""
+    assert _measured("v4", "toy_kernel:alone")["one_core"] == ["toy.1"]
+    assert _measured("v4")["one_core"] == []
+
+
+@needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v4", "v5p", "v6e", "v7x"])
 def test_a_kernel_by_its_names_on_every_chip(chip):
     """Red if topology.CHIPS has a wrong rate or delay for the chip."""

@@ -51,7 +51,7 @@ def _kernel(named, table, q_ref, k_ref, out_ref, acc_ref):
             out_ref[...] = acc_ref[...].astype(out_ref.dtype)
 
 
-def _call(named):
+def _call(named, first="parallel"):
     def fn(table, steps, q, k):
         return pl.pallas_call(
             lambda *refs: _kernel(named, *refs),
@@ -67,6 +67,7 @@ def _call(named):
                 out_specs=pl.BlockSpec((HEADS, BLOCK, BLOCK), lambda h, i, t: (0, t[0, i], 0)),
                 scratch_shapes=[pltpu.VMEM((HEADS, BLOCK, BLOCK), jnp.float32)],
             ),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=(first, "arbitrary")),
         )(table, q, k) + jnp.bfloat16(1)
 
     return fn
@@ -82,6 +83,12 @@ def build(case: Case, named: bool = True) -> Built:
     )
     counts = {"grid": 2 * STEPS, "start": 16, "full": 56, "head": 2 * 8 * HEADS, "finish": 16}
     return Built(_call(named), args, {"toy": counts})
+
+
+def alone(case: Case) -> Built:
+    """Its grid is not split over two cores."""
+    built = build(case)
+    return Built(_call(True, "arbitrary"), built.args, built.counts)
 
 
 def unnamed(case: Case) -> Built:

@@ -1,5 +1,6 @@
 """Compiles a function for a TPU with libtpu on this machine, keeping the final schedules."""
 
+import base64
 import dataclasses
 import importlib.util
 import os
@@ -31,6 +32,8 @@ class Compiled:
 
     Attributes:
       kernels: final schedule of each Pallas call, by its name in the HLO.
+      one_core: names of the kernels whose grid has no "parallel" dimension: where two TensorCores
+        are one device, one of them runs all of it.
       hlo: the optimized, scheduled program.
       seconds: wall time of the compiler alone.
       vmem_bytes: largest scoped VMEM allocation of a kernel (blocks, scratch and spills).
@@ -38,6 +41,7 @@ class Compiled:
     """
 
     kernels: list[Kernel]
+    one_core: list[str]
     hlo: str
     seconds: float
     vmem_bytes: int
@@ -126,9 +130,13 @@ def compile_for(
     memory = compiled.memory_analysis()
     delay = chip_named(chip).branch_delay
     kernels = [read_kernel(p, delay) for p in dumped(dump) if p not in before]
-    called = set(re.findall(r"%([\w.\-]+) = [^\n]*custom_call_target=\"tpu_custom_call\"", hlo))
+    bodies = {
+        call.split(" ", 1)[0]: base64.b64decode(re.search(r'"body":"([\w+/=]+)"', call)[1])
+        for call in calls
+    }
     return Compiled(
-        kernels=[kernel for kernel in kernels if kernel.name in called],
+        kernels=[kernel for kernel in kernels if kernel.name in bodies],
+        one_core=[n for n, body in bodies.items() if b"dimension_semantics<parallel" not in body],
         hlo=hlo,
         seconds=seconds,
         vmem_bytes=max(map(int, sizes), default=0),

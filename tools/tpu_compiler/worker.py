@@ -42,8 +42,9 @@ def measure(
       A JSON-able dict. "ok" False: "why" is "unsupported" (the builder says so), "refused" (the
       compiler says so) or "unread" (a region without name or count), with "error". "ok" True:
       cycles per TensorCore of the kernels ("cycles", "schedule_cycles", "mxu_cycles"), of
-      everything else ("outside_cycles"), shares, spills, bytes, seconds, each kernel, and the
-      cycles of each variant.
+      everything else ("outside_cycles"), shares, spills, bytes, seconds, each kernel, the
+      cycles of each variant, and which kernels one core would run alone ("one_core"; "cycles"
+      charges half of them to each core all the same, see counts "critical").
     """
     chip = chip_named(case.chip)
     module, function = builder.split(":")
@@ -90,6 +91,7 @@ def measure(
         "temp_bytes": compiled.temp_bytes,
         "code_bundles": sum(k.code_bundles for k in kernels),
         "compile_seconds": round(compiled.seconds, 2),
+        "one_core": compiled.one_core if chip.cores > 1 else [],
         "kernels": [_described(kernel) for kernel in kernels],
     }
 
