@@ -72,7 +72,7 @@ def pallas_tpu(
 
     def place_scales(core, step, row, group, *_):
         i = core * steps + step
-        return row[i], 0, 0, group[i], 0, 0
+        return row[i], 0, group[i], 0, 0
 
     queries = pl.BlockSpec((1, plan.heads, plan.rows, L), place)
     inputs, specs = [q_BKRL, kv_pages_PKZC], [queries, pl.BlockSpec(memory_space=pl.ANY)]
@@ -86,11 +86,9 @@ def pallas_tpu(
         pltpu.VMEM((plan.heads, plan.rows, L), jnp.float32),
     ]
     if k_scales_PK is not None:
-        scales = _scales_of_blocks(
-            (k_scales_PK, v_scales_PK), page_table_BM, lengths_B, plan, K, Z
-        )
+        scales = _scales_of_rows((k_scales_PK, v_scales_PK), page_table_BM, lengths_B, plan, K, Z)
         inputs.append(scales)
-        specs.append(pl.BlockSpec((1, *scales.shape[1:3], 1, *scales.shape[4:]), place_scales))
+        specs.append(pl.BlockSpec((1, 2, 1, *scales.shape[3:]), place_scales))
         scratch.append(pltpu.VMEM((2, plan.heads, T), jnp.float32))
     kernel = functools.partial(
         _kernel, plan=plan, M=M, G=H // K, scale=scale, window=window, soft_cap=soft_cap,
@@ -133,14 +131,13 @@ def _unstack(out_BKRD, N: int, plan: Plan, G: int) -> jax.Array:
     return out.reshape(B, plan.tiles * plan.queries, K * G, D)[:, :N]
 
 
-def _scales_of_blocks(scales, page_table_BM, lengths_B, plan: Plan, K: int, Z: int) -> jax.Array:
-    """Scales of each row's pages, [B, blocks, 2 (keys, values), groups, heads, pages], f32."""
+def _scales_of_rows(scales, page_table_BM, lengths_B, plan: Plan, K: int, Z: int) -> jax.Array:
+    """Scales of each row's pages, f32 [B, 2 (keys, values), groups, heads, M padded to lanes]."""
     B, M = page_table_BM.shape
     used_BM = jnp.arange(M) * Z < lengths_B[:, None]
-    parts = [pages_of_rows(x, page_table_BM, used_BM) for x in scales]
-    x_BMsK = jnp.pad(jnp.stack(parts, 2), ((0, 0), (0, -M % plan.pages), (0, 0), (0, 0)))
-    x = x_BMsK.reshape(B, -1, plan.pages, 2, K // plan.heads, plan.heads)
-    return x.transpose(0, 1, 3, 4, 5, 2)
+    parts = [pages_of_rows(x, page_table_BM, used_BM).swapaxes(1, 2) for x in scales]
+    x_B2KM = jnp.pad(jnp.stack(parts, 1), ((0, 0), (0, 0), (0, 0), (0, -M % LANES)))
+    return x_B2KM.reshape(B, 2, K // plan.heads, plan.heads, -1)
 
 
 def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
@@ -276,7 +273,10 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
     def expand_scales(j):
         """[heads, pages] -> [heads, T]: each page's scale in the lanes of its tokens."""
         for part in range(2):
-            of_pages = scales_ref[0, j, part, 0]
+            place = j * plan.pages
+            lane = lax.rem(place, LANES)
+            near = scales_ref[0, part, 0, :, pl.ds(pl.multiple_of(place - lane, LANES), LANES)]
+            of_pages = pltpu.roll(near, lax.rem(LANES - lane, LANES), 1)  # block's first at lane 0
             for lane in range(0, T, LANES):
                 inside = lax.broadcasted_iota(jnp.int32, (plan.heads, LANES), 1)
                 x = jnp.broadcast_to(of_pages[:, lane // Z : lane // Z + 1], inside.shape)
