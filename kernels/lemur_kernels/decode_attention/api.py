@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lemur_kernels.decode_attention.gathered import gathered
 from lemur_kernels.decode_attention.pages import page_shape
 from lemur_kernels.decode_attention.pallas_tpu import pallas_tpu
-from lemur_kernels.decode_attention.reference import reference
+from lemur_kernels.decode_attention.reference import legal_rows, reference
 
 IMPLEMENTATIONS = ("reference", "gathered", "pallas_tpu")
 
@@ -46,11 +46,12 @@ def decode_attention(
         dtype or int8. It already holds the new tokens. What lies in a page beyond the row's
         length never matters, not even NaN.
       page_table_BM: int32 page ids in 0..P-1. Only the first ceil(lengths_B / Z) entries of a
-        row are read (with a window only the last of those); the others may be anything. An id
-        in use but out of range is NaN with "reference" and "gathered", an error under pltpu's
-        InterpretParams, and stops a TPU; it is never clamped.
+        row are read (with a window only the last of those); the others may be anything.
       lengths_B: int32 tokens of each row, the new ones included; at most M * Z. 0: free slot.
       new_tokens_B: int32 queries of each row, at most N; N in every row when None.
+        A row with a length, a count or a page id in use that is out of range gives NaN (and
+        under pltpu.InterpretParams such a page id is an IndexError); no value is clamped into
+        range silently.
       k_scales_PK, v_scales_PK: f32, with int8 pages only: value = int8 * scale.
       scale: factor on the scores; 1 / sqrt(D) when None.
       window: sliding window in tokens, the query's own included; None: all.
@@ -94,9 +95,14 @@ def decode_attention(
         soft_cap=soft_cap,
     )
     if implementation == "pallas_tpu":
-        return pallas_tpu(q_BNHD, kv_pages_PKZC, **arguments, interpret=interpret)
-    function = gathered if implementation == "gathered" else reference
-    return function(q_BNHD, kv_pages_PKZC, **arguments)
+        out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **arguments, interpret=interpret)
+    elif implementation == "gathered":
+        out_BNHD = gathered(q_BNHD, kv_pages_PKZC, **arguments)
+    else:
+        out_BNHD = reference(q_BNHD, kv_pages_PKZC, **arguments)
+    P, _, Z, _ = kv_pages_PKZC.shape
+    legal_B = legal_rows(page_table_BM, lengths_B, new_tokens_B, N, P, Z, window)
+    return jnp.where(legal_B[:, None, None, None], out_BNHD, jnp.nan)
 
 
 def _check_cache(q_BNHD, kv_pages_PKZC, k_scales_PK, v_scales_PK) -> None:

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lemur_kernels.decode_attention.pages import value_lane
 from lemur_kernels.decode_attention.plan import (
+    COPIES_PER_TURN,
     CORES,
     LANES,
     MAX_TABLE,
@@ -54,13 +55,15 @@ def pallas_tpu(
             f"page_table_BM has {B} x {M} entries, scalar memory holds {MAX_TABLE}: pass at most "
             f"{MAX_TABLE // M} rows at a time, or use larger pages (now {Z} tokens)"
         )
+    if not interpret:  # protects memory; decode_attention makes such rows NaN
+        page_table_BM = jnp.clip(page_table_BM, 0, kv_pages_PKZC.shape[0] - 1)
     plan = make_plan(B, N, H, K, M, Z, C, kv_pages_PKZC.dtype.itemsize, window)
     if not plan.by_heads and B % CORES:  # an empty row, so that the cores get equally many
         q_BNHD, page_table_BM, lengths_B, new_tokens_B = (
             jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1))
             for x in (q_BNHD, page_table_BM, lengths_B, new_tokens_B)
         )
-    items = make_items(plan, K, Z, lengths_B, new_tokens_B, window)
+    items = make_items(plan, K, M, Z, lengths_B, new_tokens_B, window)
     L = max(C // 2, LANES)
     q_BKRL = _stack(q_BNHD, K, plan, L)
     steps = items.row.shape[0] // CORES
@@ -104,7 +107,10 @@ def pallas_tpu(
             scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct(q_BKRL.shape, q_BKRL.dtype),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            disable_bounds_checks=True,  # half of a copy's overhead; ids are clipped above
+        ),
         interpret=interpret,
         name="decode_attention",
     )(*scalars, *inputs)
@@ -161,15 +167,48 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
     def first_block(i):
         return lax.div(items.low[jnp.minimum(i, end_of_items - 1)], plan.pages)
 
-    def each_page(i, j, do):
-        """do(place in the row's table, place in the block) for the pages in sight of block j."""
-        begin = jnp.maximum(j * plan.pages, items.low[i])
-        end = jnp.minimum((j + 1) * plan.pages, items.high[i])
-        lax.fori_loop(begin, end, lambda p, _: do(p, p - j * plan.pages), None)
+    def start_copies(i, j, slot):
+        """Starts the copies of block j of item i: only pages in sight, each into its place."""
+        base, group, first = items.row[i] * M, items.group[i], j * plan.pages
 
-    def copy(page, group, slot, place):
-        source = pages_ref.at[page, pl.ds(group * plan.heads, plan.heads)]
-        return pltpu.make_async_copy(source, buffers.at[slot, place], arrived.at[slot])
+        def start(place):
+            source = pages_ref.at[
+                table[base + first + place], pl.ds(group * plan.heads, plan.heads)
+            ]
+            pltpu.make_async_copy(source, buffers.at[slot, place], arrived.at[slot]).start()
+
+        def several(n, _):
+            for place in range(per_turn):
+                start(n * per_turn + place)
+
+        begin, end = in_sight(i, j)
+        per_turn = min(COPIES_PER_TURN, plan.pages)
+        full = end - begin == plan.pages
+        pl.when(full)(lambda: lax.fori_loop(0, plan.pages // per_turn, several, None))
+        pl.when(jnp.logical_not(full))(
+            lambda: lax.fori_loop(begin, end, lambda place, _: start(place), None)
+        )
+
+    def await_copies(j, slot):
+        """A wait counts bytes, so one for a whole block is as good as one per page."""
+
+        def wait(buffer):
+            pltpu.make_async_copy(buffer, buffer, arrived.at[slot]).wait()
+
+        begin, end = in_sight(item, j)
+        full = end - begin == plan.pages
+        pl.when(full)(lambda: wait(buffers.at[slot]))
+        pl.when(jnp.logical_not(full))(
+            lambda: lax.fori_loop(begin, end, lambda place, _: wait(buffers.at[slot, place]), None)
+        )
+
+    def in_sight(i, j):
+        """Places in block j of the first and the end of item i's pages in sight."""
+        first = j * plan.pages
+        return (
+            jnp.maximum(items.low[i] - first, 0),
+            jnp.minimum(items.high[i] - first, plan.pages),
+        )
 
     # The cursor runs DEPTH - 1 blocks ahead of the computation and over the same blocks.
     # [0] buffer to fill next, [1] buffer to compute next, [2] item and [3] block to fetch next.
@@ -178,8 +217,7 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
 
         @pl.when(i < end_of_items)
         def _():
-            base, group = items.row[i] * M, items.group[i]
-            each_page(i, j, lambda p, place: copy(table[base + p], group, slot, place).start())
+            start_copies(i, j, slot)
             cursor[0] = jnp.where(slot == DEPTH - 1, 0, slot + 1)
             done = (j + 1) * plan.pages >= items.high[i]
             cursor[2] = jnp.where(done, items.following[i], i)
@@ -189,15 +227,14 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
     def _():
         start = jnp.where(high > 0, item, items.following[item])
         cursor[0], cursor[1], cursor[2], cursor[3] = 0, 0, start, first_block(start)
-        for _ in range(DEPTH - 1):
-            fetch_next()
+        lax.fori_loop(0, DEPTH - 1, lambda _, __: fetch_next(), None)
 
     top_ref[...] = jnp.full_like(top_ref, LOWEST)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def query_of_row(shape):
-        row = lax.broadcasted_iota(jnp.float32, shape, 0)
+        row = lax.broadcasted_iota(jnp.int32, shape, 0).astype(jnp.float32)
         return ((row + 0.5) * (1 / G)).astype(jnp.int32)  # row // G; int division is slow
 
     def masks(j):
@@ -288,7 +325,7 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
     def block(j, _):
         fetch_next()
         slot = cursor[1]
-        each_page(item, j, lambda p, place: copy(0, 0, slot, place).wait())
+        await_copies(j, slot)
         cursor[1] = jnp.where(slot == DEPTH - 1, 0, slot + 1)
         if quantized:
             expand_scales(j)

@@ -20,6 +20,7 @@ BLOCK_BYTES = 1 << 20
 MAX_BLOCK_TOKENS = 1024
 MAX_ROWS = 256  # of one matmul: enough to be bound by the matrix unit, not by loading keys
 MAX_ROWS_HEADS = 1024  # bounds the f32 accumulators: 3 x 512 KiB at head_dim 128
+COPIES_PER_TURN = 8  # page copies started side by side: a chain of scalar instructions each
 MAX_TABLE = 200_000  # page ids; scalar memory holds 1 MiB
 
 
@@ -79,8 +80,9 @@ class Items(NamedTuple):
     valid: jax.Array  # queries
 
 
-def make_items(plan: Plan, K, page_tokens, lengths_B, new_tokens_B, window) -> Items:
+def make_items(plan: Plan, K, M, page_tokens, lengths_B, new_tokens_B, window) -> Items:
     """The run-time table. The number of rows is even unless the cores share the heads."""
+    lengths_B = jnp.clip(lengths_B, 0, M * page_tokens)  # never past the end of a row's table
     B, groups = lengths_B.shape[0], K // plan.heads
     if plan.by_heads:
         row_B = jnp.broadcast_to(jnp.arange(B), (CORES, B))

@@ -11,12 +11,21 @@ from lemur_kernels.decode_attention.pages import split
 
 
 def pages_of_rows(pages_P: jax.Array, page_table: jax.Array, used) -> jax.Array:
-    """pages_P[page_table] where `used`, zeros elsewhere; NaN (int8: 0) for ids out of range."""
-    ids = jnp.where(used, page_table, 0)
-    ids = jnp.where(ids < 0, pages_P.shape[0], ids)  # a negative index would count from the end
-    fill = 0 if pages_P.dtype == jnp.int8 else jnp.nan
-    found = pages_P.at[ids].get(mode="fill", fill_value=fill)
+    """pages_P[page_table] where `used`, zeros elsewhere; see `legal_rows` for ids out of range."""
+    found = pages_P.at[jnp.where(used, page_table, 0)].get(mode="clip")
     return jnp.where(used.reshape(used.shape + (1,) * (pages_P.ndim - 1)), found, 0)
+
+
+def legal_rows(page_table_BM, lengths_B, new_tokens_B, N, P, Z, window) -> jax.Array:
+    """Rows whose lengths and pages in sight are in range, bool [B]; the others' output is NaN."""
+    M = page_table_BM.shape[1]
+    first_M = jnp.arange(M) * Z  # each page's first position
+    used_BM = first_M < lengths_B[:, None]
+    if window is not None:
+        used_BM &= first_M + Z > (lengths_B - new_tokens_B - window + 1)[:, None]
+    wrong_BM = used_BM & ((page_table_BM < 0) | (page_table_BM >= P))
+    lengths_fit_B = (lengths_B >= 0) & (lengths_B <= M * Z)
+    return lengths_fit_B & (new_tokens_B >= 0) & (new_tokens_B <= N) & ~wrong_BM.any(1)
 
 
 def query_positions(lengths_B, new_tokens_B, N: int) -> tuple[jax.Array, jax.Array]:
