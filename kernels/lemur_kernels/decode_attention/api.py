@@ -12,6 +12,7 @@ from lemur_kernels.decode_attention.gathered import gathered
 from lemur_kernels.decode_attention.pages import page_shape
 from lemur_kernels.decode_attention.pallas_tpu import pallas_tpu
 from lemur_kernels.decode_attention.reference import legal_rows, reference
+from lemur_kernels.varying import varying_alike
 
 IMPLEMENTATIONS = ("reference", "gathered", "pallas_tpu")
 
@@ -84,6 +85,10 @@ def decode_attention(
             raise ValueError(f"{name}={x} must be positive, or None for no {name}")
     if interpret and implementation != "pallas_tpu":
         raise ValueError(f"interpret is for 'pallas_tpu', implementation={implementation!r}")
+    # Inside shard_map the output varies over every mesh axis that an input varies over.
+    q_BNHD, *_ = varying_alike(
+        q_BNHD, kv_pages_PKZC[0, 0, 0], page_table_BM[0], lengths_B, new_tokens_B
+    )
     arguments = dict(
         page_table_BM=page_table_BM,
         lengths_B=lengths_B,

@@ -15,6 +15,7 @@ from jax import lax
 from lemur_kernels.decode_attention.pages import split
 from lemur_kernels.decode_attention.reference import pages_of_rows, query_positions, visible
 from lemur_kernels.product import einsum_f32
+from lemur_kernels.varying import varying_alike
 
 BLOCK_TOKENS = 512
 LOWEST = -1e30  # the running maximum before the first visible key; finite, so that no inf - inf
@@ -67,7 +68,8 @@ def gathered(
 
     shape = (B, K, N, G)
     start = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, D)))
+    _, *start = varying_alike(q_BNHD, *start)
     blocks = (jnp.max(lengths_B) + W * Z - 1) // (W * Z)
-    _, total_BKNG, out_BKNGD = lax.fori_loop(0, jnp.minimum(blocks, (M + pad) // W), block, start)
+    _, total_BKNG, out_BKNGD = lax.fori_loop(0, jnp.minimum(blocks, (M + pad) // W), block, tuple(start))
     out_BKNGD = out_BKNGD / jnp.where(total_BKNG == 0, 1, total_BKNG)[..., None]
     return out_BKNGD.swapaxes(1, 2).reshape(B, N, H, D).astype(q_BNHD.dtype)

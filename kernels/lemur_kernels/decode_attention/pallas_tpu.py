@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from lemur_kernels.decode_attention.needs_tpu import needs_tpu
 from lemur_kernels.decode_attention.pages import value_lane
 from lemur_kernels.decode_attention.plan import (
     COPIES_PER_TURN,
@@ -55,7 +56,9 @@ def pallas_tpu(
             f"page_table_BM has {B} x {M} entries, scalar memory holds {MAX_TABLE}: pass at most "
             f"{MAX_TABLE // M} rows at a time, or use larger pages (now {Z} tokens)"
         )
-    if not interpret:  # protects memory; decode_attention makes such rows NaN
+    if not interpret:
+        q_BNHD = needs_tpu(q_BNHD)
+        # Protects memory; decode_attention makes such rows NaN.
         page_table_BM = jnp.clip(page_table_BM, 0, kv_pages_PKZC.shape[0] - 1)
     plan = make_plan(B, N, H, K, M, Z, C, kv_pages_PKZC.dtype.itemsize, window)
     if not plan.by_heads and B % CORES:  # an empty row, so that the cores get equally many
@@ -106,7 +109,9 @@ def pallas_tpu(
             out_specs=queries,
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct(q_BKRL.shape, q_BKRL.dtype),
+        out_shape=jax.ShapeDtypeStruct(
+            q_BKRL.shape, q_BKRL.dtype, manual_axis_type=jax.typeof(q_BKRL).mat
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
             disable_bounds_checks=True,  # half of a copy's overhead; ids are clipped above
