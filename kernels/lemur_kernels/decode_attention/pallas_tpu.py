@@ -295,9 +295,7 @@ def _kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized):
             v = part(h, C - L)
             if masked:
                 v = jnp.where(fetched, v, jnp.zeros_like(v))  # 0 * NaN would be NaN
-            v = jnp.dot(
-                p.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32
-            )
+            v = jnp.dot(p.astype(v.dtype), v, precision=exact, preferred_element_type=jnp.float32)
             sum_ref[h] = sum_ref[h] * shrink + v
 
         def side_by_side(group, _):

@@ -89,7 +89,8 @@ def make_items(plan: Plan, K, M, page_tokens, lengths_B, new_tokens_B, window) -
         group = jnp.arange(groups).reshape(CORES, -1)
     else:
         # Longest first, dealt 0 1 1 0 0 1 ...: the cores get about equally many keys.
-        deal = jnp.argsort(-lengths_B).reshape(-1, CORES)
+        sight_B = lengths_B if window is None else jnp.minimum(lengths_B, window + new_tokens_B)
+        deal = jnp.argsort(-jnp.where(new_tokens_B > 0, sight_B, 0)).reshape(-1, CORES)
         turned = (jnp.arange(deal.shape[0]) % 2 == 1)[:, None]
         row_B = jnp.where(turned, deal[:, ::-1], deal).T
         group = jnp.broadcast_to(jnp.arange(groups), (CORES, groups))
@@ -107,9 +108,9 @@ def make_items(plan: Plan, K, M, page_tokens, lengths_B, new_tokens_B, window) -
     low = jnp.zeros_like(high)
     if window is not None:
         low = jnp.where(live, jnp.maximum(position - window + 1, 0) // page_tokens, 0)
-    I = row.shape[0]
-    number = jnp.where(live, jnp.arange(I), I).reshape(CORES, -1)
+    count = row.shape[0]
+    number = jnp.where(live, jnp.arange(count), count).reshape(CORES, -1)
     upcoming = lax.cummin(number, axis=1, reverse=True)
-    following = jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1)), constant_values=I).reshape(-1)
+    following = jnp.pad(upcoming[:, 1:], ((0, 0), (0, 1)), constant_values=count).reshape(-1)
     items = (row, group, tile, low, high, following, position, valid)
     return Items(*(x.astype(jnp.int32) for x in items))
