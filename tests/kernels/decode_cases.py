@@ -31,7 +31,7 @@ class Case(NamedTuple):
 # Ragged, free slots, ends inside and at the edge of a page; several blocks of 128 tokens and more.
 CASES = {
     "grouped": Case((70, 0, 1, 16)),
-    "many heads": Case((150, 33), H=8, K=8),
+    "blocks of 128": Case((300, 33, 140), H=8, K=8, D=256),
     "one kv head, three queries": Case((260, 7, 30), (3, 2, 0), N=3, K=1),
     "window": Case((200, 45, 20), D=128, window=20),
     "window, several queries": Case((300, 40), (5, 4), N=5, K=1, window=33),

@@ -69,7 +69,8 @@ SAMPLE = (
 TABLE = (
     Case(), Case(page_tokens=16), Case(pages="int8"), Case(64), Case(heads=8, kv_heads=1),
     Case(heads=8, kv_heads=1, page_tokens=16), Case(heads=32, kv_heads=32), Case(queries=4),
-    Case(heads=32, kv_heads=32, pages="int8"), Case(256, 16, 8), Case(pages="float32"),
+    Case(heads=32, kv_heads=32, pages="int8"),
+    Case(heads=8, kv_heads=1, pages="int8"), Case(256, 16, 8), Case(pages="float32"),
 )  # fmt: skip
 CASES = {"full": FULL + EXTRA, "sample": SAMPLE, "table": TABLE}
 
@@ -126,7 +127,14 @@ def _compile(chip: str, case: Case) -> dict:
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import (
+        AbstractDevice,
+        AbstractMesh,
+        Mesh,
+        NamedSharding,
+        PartitionSpec,
+        use_abstract_mesh,
+    )
 
     from lemur_kernels.decode_attention import decode_attention
 
@@ -136,6 +144,12 @@ def _compile(chip: str, case: Case) -> dict:
         chips_per_host_bounds=(2, 2, 1),
     ).devices  # fmt: skip
     sharding = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    # Tells the kernel its target, as a mesh of real devices would.
+    target = AbstractMesh(
+        (1,), ("x",), abstract_device=AbstractDevice(
+            device_kind=devices[0].device_kind, platform="tpu", num_cores=devices[0].num_cores
+        ),
+    )  # fmt: skip
     plan, page, itemsize, M = _plan(case)
     P, B = case.rows * M, case.rows
 
@@ -163,7 +177,8 @@ def _compile(chip: str, case: Case) -> dict:
         "block_bytes": plan.pages * plan.heads * page[1] * page[2] * itemsize,
     }
     try:
-        compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
+        with use_abstract_mesh(target):
+            compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
     except Exception as error:  # the compiler's verdict is the result, whatever its type
         return {**sizes, "error": str(error).strip()[:400]}
     used = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', compiled.as_text())
@@ -198,9 +213,10 @@ def _bundles(chip: str, case: Case, dump: str) -> dict:
     def forms(node):
         return [c for c in node.ch if c.kind == "skip" and products(c) > 0]
 
-    loop = min(
-        (n for n in every(root) if n.kind == "loop" and len(forms(n)) == 2), key=lambda n: n.b - n.a
-    )
+    loops = [n for n in every(root) if n.kind == "loop" and len(forms(n)) == 2]
+    if not loops:
+        return {"bundles": "the reader does not see the block loop"}
+    loop = min(loops, key=lambda n: n.b - n.a)
     groups = plan.heads // plan.unroll
     plain, masked = sorted(bundles(n, lambda _: groups) for n in forms(loop))
     # A full block starts several copies per turn; loops over single pages are for partial ones.
