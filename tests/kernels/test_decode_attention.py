@@ -44,6 +44,13 @@ def test_kernel_matches_float64(name):
     close(p.run("pallas_tpu", interpret=True), answer(p), p.case)
 
 
+def test_int8_taken_apart_by_shifts(monkeypatch):
+    """The form for v4, whose keys come in another order. Red when masks or scales ignore that."""
+    monkeypatch.setattr("lemur_kernels.decode_attention.pallas_tpu._unpacks_slowly", lambda: True)
+    p = problem(CASES["int8"]._replace(lengths=(70, 35, 600)))
+    close(p.run("pallas_tpu", interpret=True), answer(p), p.case)
+
+
 @pytest.mark.parametrize("name", cases("blocks of 128", "window, several queries", "int8 bf16"))
 def test_kernel_copies_without_races_on_two_cores(name):
     """Red when a wait is dropped, DEPTH - 1 becomes DEPTH, or a page out of sight is fetched:
