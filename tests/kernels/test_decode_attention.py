@@ -131,8 +131,9 @@ def test_interpreter_raises_on_a_page_out_of_range():
 
 
 @pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
-def test_kv_heads_shard_over_a_mesh(implementation):
-    """Tensor parallelism: bitwise what one device computes. Red without varying_alike."""
+def test_runs_inside_shard_map(implementation):
+    """kv heads over a mesh, and the same queries against a cache per device: the answers of one
+    device. Red without either varying_alike."""
     kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
     p = problem(Case((50, 3), H=8, K=4))
 
@@ -142,14 +143,17 @@ def test_kv_heads_shard_over_a_mesh(implementation):
             **kernel,
         )  # fmt: skip
 
-    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",))
-    by_head = P(None, None, "tensor")
-    sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(by_head, P(None, "tensor"), P(), P()), out_specs=by_head
-    )
-    inputs = (jnp.asarray(p.q, jnp.float32), p.pages["kv_pages_PKZC"], p.table, p.lengths)
-    out = jax.jit(sharded)(*map(jnp.asarray, inputs))
-    np.testing.assert_allclose(out, answer(p), atol=3e-6)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    q, pages = jnp.asarray(p.q, jnp.float32), p.pages["kv_pages_PKZC"]
+    heads = (P(None, None, "x"), P(None, "x"), P(), P())
+    caches = (P(), P("x"), P(), P())
+    for specs, out, cache, expected in (
+        (heads, heads[0], pages, answer(p)),
+        (caches, P("x"), jnp.concatenate([pages, pages]), np.concatenate([answer(p)] * 2)),
+    ):
+        sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out)
+        result = jax.jit(sharded)(q, cache, jnp.asarray(p.table), jnp.asarray(p.lengths))
+        np.testing.assert_allclose(result, expected, atol=3e-6)
 
 
 def test_pages_hold_keys_and_values_side_by_side():
