@@ -81,8 +81,14 @@ class Problem(NamedTuple):
         names = ("window", "soft_cap", "interpret")
         static = {name: arguments.pop(name) for name in names if name in arguments}
         q, kv = arguments.pop("q_BNHD"), arguments.pop("kv_pages_PKZC")
-        run = functools.partial(decode_attention, implementation=implementation, **static)
-        return np.asarray(jax.jit(run)(q, kv, **arguments))
+        return np.asarray(jitted(implementation, tuple(static.items()))(q, kv, **arguments))
+
+
+@functools.cache
+def jitted(implementation: str, static: tuple):
+    return jax.jit(
+        functools.partial(decode_attention, implementation=implementation, **dict(static))
+    )
 
 
 def problem(case: Case, seed: int = 0, spare_pages: int = 3) -> Problem:
