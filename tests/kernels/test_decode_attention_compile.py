@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 
+import decode_compile_table
 import pytest
-from lemur_kernels.decode_attention import compile_table
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu's compiler (extra 'tpu')"
@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def rows(cases: str) -> list[dict]:
-    """compile_table in a process of its own: libtpu's environment is read once per process."""
+    """The table from a process of its own: libtpu's environment is read once per process."""
     environment = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     result = subprocess.run(
-        [sys.executable, "-m", "lemur_kernels.decode_attention.compile_table", "--cases", cases],
+        [sys.executable, decode_compile_table.__file__, "--cases", cases],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -27,7 +27,7 @@ def rows(cases: str) -> list[dict]:
 
 def check(cases: str) -> None:
     table = rows(cases)
-    assert len(table) == len(compile_table.CHIPS) * len(compile_table.CASES[cases])
+    assert len(table) == len(decode_compile_table.CHIPS) * len(decode_compile_table.CASES[cases])
     assert not [row for row in table if "error" in row]
     # v7x reports its whole default limit.
     assert max(row["vmem_MiB"] for row in table if row["chip"] != "v7x") < 12

@@ -206,8 +206,8 @@ def kernel(*refs, plan: Plan, M, G, scale, window, soft_cap, quantized, by_bytes
                 x = None
                 for start in range(0, LANES, run):
                     page = token(first + start) // Z
-                    scale = jnp.broadcast_to(of_pages[:, page : page + 1], lanes.shape)
-                    x = scale if x is None else jnp.where(lanes >= start, scale, x)
+                    of_page = jnp.broadcast_to(of_pages[:, page : page + 1], lanes.shape)
+                    x = of_page if x is None else jnp.where(lanes >= start, of_page, x)
                 expanded_ref[part, :, first : first + LANES] = x
 
     def block(j, _):

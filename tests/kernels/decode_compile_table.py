@@ -1,7 +1,7 @@
 """Compiles the TPU kernel ahead of time for real chips, on a machine without one; prints a table.
 
-    python -m lemur_kernels.decode_attention.compile_table --chips v4 v5e --cases sample
-    python -m lemur_kernels.decode_attention.compile_table --bundles ../shared/tpu_cost
+    python tests/kernels/decode_compile_table.py --chips v4 v5e --cases sample
+    python tests/kernels/decode_compile_table.py --bundles ../shared/tpu_cost
 
 One JSON line per case: what the TPU compiler says, never a measured speed. Needs libtpu (the
 project's `tpu` extra). With --bundles a reader of the compiler's dumps (bundles.py in the given
