@@ -135,7 +135,6 @@ def _compile(chip: str, case: Case) -> dict:
         PartitionSpec,
         use_abstract_mesh,
     )
-
     from lemur_kernels.decode_attention import decode_attention
 
     topology, config, _, _ = CHIPS[chip]
