@@ -60,7 +60,7 @@ EXTRA = (
     Case(window=1024), Case(64, 64, 8, "bfloat16", 16, window=128), Case(soft_cap=50.0),
     Case(64, 8, 1, rows=3, queries=5), Case(128, 40, 5), Case(256, 16, 1, "float32", 256),
     Case(queries=512, rows=2, heads=32, kv_heads=32), Case(context=32768, rows=64, page_tokens=16),
-    Case(pages="int8", context=32768, rows=64, page_tokens=16, heads=32, kv_heads=32),
+    Case(pages="int8", context=32768, rows=16, page_tokens=16, heads=32, kv_heads=32),
 )  # fmt: skip
 SAMPLE = (
     Case(), Case(64, 8, 1, "int8", 16), Case(256, 32, 32, "float32", 256, queries=4),
