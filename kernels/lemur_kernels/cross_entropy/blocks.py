@@ -66,11 +66,13 @@ def choose(chip: str, N: int, E: int, V: int, dtype) -> Blocks:
     """The chip's blocks, cut to an array of N tokens, width E and V columns.
 
     Raises:
-      ValueError: E cannot be cut into blocks.
+      ValueError: E cannot be cut into blocks, or no such chip.
     """
+    if chip not in CHIPS:
+        raise ValueError(f"chip={chip!r} is unknown; legal: {', '.join(CHIPS)}")
     base = CHIPS[chip]
     wide = jnp.dtype(dtype).itemsize // 2 or 1  # f32 takes twice the room
-    depth = base.depth // wide
+    depth = max(base.depth // wide, LANES)
     if depth < E:
         if E % LANES:
             raise ValueError(
@@ -82,7 +84,7 @@ def choose(chip: str, N: int, E: int, V: int, dtype) -> Blocks:
     return dataclasses.replace(
         base,
         tokens=min(base.tokens, -(-N // STRIP) * STRIP),
-        columns=min(base.columns // wide, -(-V // LANES) * LANES),
+        columns=min(max(base.columns // wide, LANES), -(-V // LANES) * LANES),
         depth=min(depth, E),
         gradient_tokens=min(base.gradient_tokens, -(-N // STRIP) * STRIP),
     )
