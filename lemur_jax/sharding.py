@@ -161,11 +161,18 @@ def axis_size(logical: str) -> int:
     return math.prod(mesh.shape[a] for a in _mesh_axes(logical, dict(mesh.shape), None))
 
 
+def mesh_axis(logical: str) -> str:
+    """The mesh axis that splits a logical axis: the name for collectives inside `per_device`."""
+    (axis,) = _mesh_axes(logical, {}, None)
+    return axis
+
+
 def per_device(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
     """Runs `fn` on each device's block: the only shard_map. Kernels never see a mesh.
 
     Args:
-      fn: takes and returns local blocks; it must not communicate.
+      fn: takes and returns local blocks. It may communicate along `mesh_axis` of an axis that
+        in_axes name, and must not otherwise.
       in_axes: logical axes of each argument.
       out_axes: logical axes of the single result.
     """

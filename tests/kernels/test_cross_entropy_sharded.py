@@ -94,9 +94,9 @@ def test_four_shards_are_one_device(implementation, check_vma):
 def test_losses_weighed_apart_over_shards(implementation):
     """Red when: _backward takes a saved gradient whose z-loss has another weight."""
     args = inputs()
-    got = jax.jit(
-        jax.grad(lambda *a: sharded(implementation, False, z_weight=3.0)(*a)[0], (0, 1))
-    )(*args)
+    got = jax.jit(jax.grad(lambda *a: sharded(implementation, False, z_weight=3.0)(*a)[0], (0, 1)))(
+        *args
+    )
 
     def one_device(x, w):
         out = call("reference")(x, w, *args[2:])
