@@ -146,10 +146,12 @@ def _compiled(chip: str, case: Case, cost: str | None, dump: str) -> dict:
     shapes = re.findall(rf"f32\[((?:\d+,)+){case.vocab}\]", text)
     rows = (math.prod(map(int, shape.strip(",").split(","))) for shape in shapes)
     chunk = case.rows * min(case.chunk_tokens, LENGTH)
+    # Other f32 arrays have that shape: the head's gradient, or f32 probabilities.
+    unknown = chunk == case.embed or case.dtype == "float32"
     used = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', text)
     row = {
         "vmem_limit_MiB": max(map(int, used), default=0) >> 20 if kernel else None,
-        "f32_logits": chunk in rows,
+        "f32_logits": None if unknown else chunk in rows,
         "temp_MiB": memory.temp_size_in_bytes >> 20,
         "peak_MiB": memory.peak_memory_in_bytes >> 20,
     }
