@@ -195,7 +195,7 @@ def _dry_run(run, text: str) -> None:
     from rich.table import Table
 
     from lemur_jax import sharding
-    from lemur_jax.model.attention import resolve_implementation
+    from lemur_jax.model.attention import describe, resolve_implementation
     from lemur_jax.train.estimate import estimate
     from lemur_jax.train.loss import resolve_implementation as resolve_loss
 
@@ -223,7 +223,7 @@ def _dry_run(run, text: str) -> None:
         "model FLOPs of a step": f"{sizes.flops_per_step:.3e}",
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
         "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
-        "attention": attention,
+        "attention": describe(run.model, mesh.sequence),
         "loss": loss,
         "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
         "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",

@@ -62,7 +62,8 @@ def _raise_if(problems: list[str]) -> None:
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 REMAT_POLICIES = ("none", "full", "dots", "named", "offload")
-ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn", "pallas_tpu")
+SEQUENCE_ATTENTION = ("gather", "ring")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
@@ -118,7 +119,7 @@ class RopeConfig:
 
 # Fields of ModelConfig that say how to compute, not what the model is: a checkpoint does not bind
 # them.
-COMPUTATION_FIELDS = ("dtype", "remat", "scan_unroll", "attention")
+COMPUTATION_FIELDS = ("dtype", "remat", "scan_unroll", "attention", "sequence_attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,9 @@ class ModelConfig:
       scan_unroll: layers in one iteration of the scan over layers. More than 1 compiles longer and
         runs a small model faster (on CPU).
       attention: ATTENTION_IMPLEMENTATIONS; "auto" is resolved once, before tracing, and printed.
+      sequence_attention: how a device that holds a part of each row (MeshConfig.sequence) gets the
+        other devices' keys and values: "gather" holds them all at a time, "ring" two devices' at a
+        time, transferred while it computes. Printed at the start.
     """
 
     vocab_size: int
@@ -167,6 +171,7 @@ class ModelConfig:
     remat: str = "none"
     scan_unroll: int = 1
     attention: str = "auto"
+    sequence_attention: str = "gather"
 
     def __post_init__(self):
         problems = _positive(
@@ -196,6 +201,7 @@ class ModelConfig:
         problems += _one_of(self, "param_dtype", DTYPES)
         problems += _one_of(self, "remat", REMAT_POLICIES)
         problems += _one_of(self, "attention", ATTENTION_IMPLEMENTATIONS)
+        problems += _one_of(self, "sequence_attention", SEQUENCE_ATTENTION)
         _raise_if(problems)
 
 

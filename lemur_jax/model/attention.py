@@ -1,15 +1,19 @@
 """Who may attend to whom, and which kernel computes it.
 
-The mask rule, the only definition of "may attend": key j is visible to query i iff both have the
-same non-zero segment id and position[j] <= position[i]. Packed training, ragged prefill and decode
-differ only in the positions and segment ids they pass.
+The mask rule, defined once, in lemur_kernels.attention.mask: key j is visible to query i iff both
+have the same non-zero segment id and position[j] <= position[i]. Packed training, ragged prefill
+and decode differ only in the positions and segment ids they pass.
 
 Dimension key: B batch, T query length, S key length, H heads, K kv heads, D head dim.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from lemur_kernels.attention import attention
+from lemur_kernels.attention.gather import gather_attention
+from lemur_kernels.attention.ring import ring_attention
 
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, ModelConfig
@@ -21,14 +25,33 @@ def resolve_implementation(config: ModelConfig, backend: str) -> str:
     Raises:
       ConfigError: a named kernel does not exist on this backend.
     """
-    if config.attention == "cudnn" and backend != "gpu":
+    needed = {"cudnn": "gpu", "pallas_tpu": "tpu"}.get(config.attention, backend)
+    if needed != backend:
         raise ConfigError(
-            [f"ModelConfig.attention='cudnn' needs a GPU, the backend is {backend!r}: use 'auto'"]
+            [
+                f"ModelConfig.attention={config.attention!r} needs a {needed.upper()}, the backend "
+                f"is {backend!r}: use 'auto'"
+            ]
         )
     if config.attention != "auto":
         return config.attention
-    fused = backend == "gpu" and config.dtype != "float32"  # cuDNN's kernel has no float32 form
-    return "cudnn" if fused else "chunked"
+    if backend == "gpu" and config.dtype != "float32":  # cuDNN's kernel has no float32 form
+        return "cudnn"
+    if backend == "tpu" and config.dtype != "float16":  # a TPU's matrix unit has no float16 form
+        return "pallas_tpu"
+    return "chunked"
+
+
+def describe(config: ModelConfig, sequence_ways: int) -> str:
+    """How attention is computed, for a line at the start of a run.
+
+    Args:
+      config: with `attention` resolved.
+      sequence_ways: how many devices share a row.
+    """
+    if sequence_ways == 1:
+        return config.attention
+    return f"{config.attention}, {config.sequence_attention} over {sequence_ways} parts of a row"
 
 
 def self_attention(
@@ -38,37 +61,37 @@ def self_attention(
     positions_BT: jax.Array,
     segment_ids_BT: jax.Array,
     implementation: str,
+    sequence_attention: str = "gather",
 ) -> jax.Array:
     """Attention of a packed row to itself; runs on each device's rows, heads and query tokens.
 
-    When the mesh splits the tokens of a row, each device holds a part of the queries and gathers
-    all keys and values.
+    When the mesh splits the tokens of a row, each device holds an unbroken part of them, and
+    either gathers all keys and values ("gather") or sends its own around ("ring").
     """
     k_BTKD, v_BTKD = (_spread_kv_heads(x) for x in (k_BTKD, v_BTKD))
-    whole_rows = sharding.axis_size("length") == 1
+    if sharding.axis_size("length") == 1:
+        attend = functools.partial(attention, packed=True)
+    elif sequence_attention == "ring":
+        axis = sharding.mesh_axis("length")
+        attend = functools.partial(ring_attention, packed=True, axis_name=axis)
+    else:
+        attend = functools.partial(gather_attention, axis_name=sharding.mesh_axis("length"))
 
-    def kernel(q, k, v, q_positions, kv_positions, q_segments, kv_segments):
-        return attention(
+    def kernel(q, k, v, positions, segments):
+        return attend(
             q,
             k,
             v,
-            q_positions_BT=q_positions,
-            kv_positions_BS=kv_positions,
-            q_segments_BT=q_segments,
-            kv_segments_BS=kv_segments,
-            packed=whole_rows,
+            q_positions_BT=positions,
+            kv_positions_BS=positions,
+            q_segments_BT=segments,
+            kv_segments_BS=segments,
             implementation=implementation,
         )
 
-    q_axes = ("batch", "length", "act_heads", None)
-    kv_axes = ("batch", None, "act_heads", None)
-    token_axes, all_token_axes = ("batch", "length"), ("batch", None)
-    run = sharding.per_device(
-        kernel,
-        (q_axes, kv_axes, kv_axes, token_axes, all_token_axes, token_axes, all_token_axes),
-        q_axes,
-    )
-    return run(q_BTHD, k_BTKD, v_BTKD, positions_BT, positions_BT, segment_ids_BT, segment_ids_BT)
+    heads, tokens = ("batch", "length", "act_heads", None), ("batch", "length")
+    run = sharding.per_device(kernel, (heads, heads, heads, tokens, tokens), heads)
+    return run(q_BTHD, k_BTKD, v_BTKD, positions_BT, segment_ids_BT)
 
 
 def cached_attention(
@@ -82,7 +105,9 @@ def cached_attention(
     implementation: str,
 ) -> jax.Array:
     """Attention of new tokens to a cache that already holds them."""
-    if implementation == "cudnn":  # takes no arbitrary positions; a decode step is bandwidth-bound
+    # The fused kernels are for many queries: cuDNN's takes no arbitrary positions, and both have
+    # blocks of queries where a decode step, which is bound by memory bandwidth, has one.
+    if implementation in ("cudnn", "pallas_tpu"):
         implementation = "chunked"
     return attention(
         q_BTHD,

@@ -117,7 +117,13 @@ class Decoder(nnx.Module):
         def body(x, block):
             q, k, v = block.qkv(x, cos, sin)
             attended = attention.self_attention(
-                q, k, v, positions, segment_ids, self.config.attention
+                q,
+                k,
+                v,
+                positions,
+                segment_ids,
+                self.config.attention,
+                self.config.sequence_attention,
             )
             return block.finish(x, attended), None
 

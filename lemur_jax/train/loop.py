@@ -18,7 +18,7 @@ from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
-from lemur_jax.model.attention import resolve_implementation
+from lemur_jax.model.attention import describe, resolve_implementation
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train import saved
 from lemur_jax.train.loss import loss_sums
@@ -84,7 +84,10 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     loss = resolve_loss(config.loss, jax.devices()[0])
     config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, implementation=loss))
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    report(f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); attention: {attention}")
+    report(
+        f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
+        f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
+    )
     report(f"loss: {loss}")
 
     # ----- data ------------------------------------------------------------------------------

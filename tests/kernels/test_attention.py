@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import lemur_kernels.attention.chunked as chunked
 import numpy as np
 import pytest
-from lemur_kernels.attention import attention
+from attention_float64 import float64, packed_rows, qkv
+from lemur_kernels.attention import attention, attention_with_lse
+from lemur_kernels.attention.api import SAVED_NAMES
+from lemur_kernels.attention.mask import Options
 
 ON_CPU = ("reference", "chunked")
 # f32 sums of at most 300 terms of order one, in another order than float64's.
@@ -21,37 +24,16 @@ BF16 = {"rtol": 3e-2, "atol": 3e-2}
 
 # Two hundred tokens would cross blocks and runs of the real size; forty cross these.
 SMALL_BLOCK = 8
-jitted = jax.jit(attention, static_argnames=("packed", "scale", "implementation"))
+jitted = jax.jit(
+    attention, static_argnames=("packed", "scale", "window", "soft_cap", "implementation")
+)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """40 tokens make 5 blocks in 3 runs: two of two blocks and one of one."""
     monkeypatch.setattr(chunked, "QUERY_BLOCK", SMALL_BLOCK)
-    monkeypatch.setattr(chunked, "PREFIXES", 3)
-
-
-def packed_rows(*lengths_of_rows, T):
-    """Positions and segments [B, T] of rows packed with documents of the given lengths."""
-    positions = np.zeros((len(lengths_of_rows), T), np.int32)
-    segments = np.zeros_like(positions)
-    for row, lengths in enumerate(lengths_of_rows):
-        start = 0
-        for number, length in enumerate(lengths, 1):
-            positions[row, start : start + length] = np.arange(length)
-            segments[row, start : start + length] = number
-            start += length
-    return jnp.array(positions), jnp.array(segments)
-
-
-def draw(seed, *shapes, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), len(shapes))
-    return [jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes)]
-
-
-def qkv(B=2, T=40, H=6, K=2, D=8, S=None, **kw):
-    S = T if S is None else S
-    return draw(0, (B, T, H, D), (B, S, K, D), (B, S, K, D), (B, T, H, D), **kw)
+    monkeypatch.setattr(chunked, "RUNS", 3)
 
 
 def attend(q, k, v, positions, segments, implementation, packed=True, **kw):
@@ -63,78 +45,128 @@ def attend(q, k, v, positions, segments, implementation, packed=True, **kw):
     )  # fmt: skip
 
 
-def float64(q, k, v, q_positions, kv_positions, q_segments, kv_segments):
-    """The mask rule and the softmax as loops over rows and heads, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    B, T, H, D = q.shape
-    group = H // k.shape[2]
-    out = np.zeros_like(q)
-    for b in range(B):
-        visible = np.asarray(
-            (q_segments[b][:, None] == kv_segments[b][None])
-            & (q_segments[b] != 0)[:, None]
-            & (kv_positions[b][None] <= q_positions[b][:, None])
-        )
-        for h in range(H):
-            scores = q[b, :, h] @ k[b, :, h // group].T / np.sqrt(D)
-            for t in range(T):
-                seen = np.flatnonzero(visible[t])
-                if seen.size:
-                    p = np.exp(scores[t, seen] - scores[t, seen].max())
-                    out[b, t, h] = p / p.sum() @ v[b, seen, h // group]
-    return out
+def everything_forward(implementation, q, k, v, positions, segments, packed=True, **options):
+    return attention_with_lse(
+        q, k, v, q_positions_BT=positions, kv_positions_BS=positions,
+        q_segments_BT=segments, kv_segments_BS=segments,
+        packed=packed, implementation=implementation, **options,
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="packed")
-def gradients(implementation, q, k, v, dout, positions, segments, packed=True):
-    def out(q, k, v):
-        return attend(q, k, v, positions, segments, implementation, packed=packed)
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("packed", "window", "soft_cap", "scale")
+)
+def compiled(implementation, q, k, v, dout, positions, segments, **options):
+    def forward(q, k, v):
+        return everything_forward(implementation, q, k, v, positions, segments, **options)
 
-    return jax.vjp(out, q, k, v)[1](dout)
+    (out, lse), pull = jax.vjp(forward, q, k, v)
+    return out, lse, *pull((dout, jnp.full_like(lse, jnp.nan)))
 
 
-@pytest.mark.parametrize("T", [1, 43])
+def everything(*args, **options):
+    """out, lse, dq, dk, dv. lse is a constant: what flows into it must go nowhere."""
+    return [np.asarray(x) for x in compiled(*args, **options)]
+
+
+def gradients(*args, **options):
+    return everything(*args, **options)[2:]
+
+
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 5},
+    "window 1": {"window": 1},
+    "soft cap": {"soft_cap": 2.0},
+    "both, scaled": {"window": 13, "soft_cap": 0.7, "scale": 1.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("packed", "options"),
+    [*((True, name) for name in OPTIONS), (False, "plain"), (False, "both, scaled")],
+)
 @pytest.mark.parametrize("implementation", ON_CPU)
-def test_values_are_those_of_float64(implementation, T):
-    """Red when: visible_BTS compares `<` instead of `<=`, or drops the segment term."""
-    q, k, v, _ = qkv(T=T)
-    cut = max(T // 3, 1)
-    rows = packed_rows([cut, T - cut - T // 10], [T], T=T)
-    want = float64(q, k, v, rows[0], rows[0], rows[1], rows[1])
-    for packed in (True, False):
-        got = attend(q, k, v, *rows, implementation, packed=packed)
-        np.testing.assert_allclose(got, want, **F32)
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_chunked_gradients_are_the_references(packed):
-    """Red when: _backward leaves out `- delta` or the scale on dq, or adds dk to one run only."""
+def test_values_lse_and_gradients_are_those_of_float64(implementation, packed, options):
+    """Red when: visible_BTS compares `<` instead of `<=`, drops the segment or the window's term,
+    or reads the window as `<=`; chunked.backward leaves out `- delta`, the slope of the cap or the
+    scale on dq; a run starts at its window's end; lse is of uncapped scores."""
+    options = OPTIONS[options]
     q, k, v, dout = qkv(T=43)
-    rows = packed_rows([15, 20], [43], T=43)
-    want = gradients("reference", q, k, v, dout, *rows, packed=packed)
-    got = gradients("chunked", q, k, v, dout, *rows, packed=packed)
-    for name, a, b in zip("qkv", got, want):
-        np.testing.assert_allclose(a, b, err_msg=f"d{name}", **F32)
+    positions, segments = packed_rows([15, 20], [43], T=43)
+    want = float64(q, k, v, dout, (positions, positions, segments, segments), **options)
+    out, lse, *gradient = everything(
+        implementation, q, k, v, dout, positions, segments, packed=packed, **options
+    )
+    for name, a, b in zip(want._fields, (out, lse, *gradient), want):
+        np.testing.assert_allclose(a, b, err_msg=name, **F32)
 
 
-@pytest.mark.parametrize("implementation", ON_CPU)
-def test_gradients_are_those_of_float64(implementation):
-    """Red when: a stop_gradient lands on the scores. Central differences of the loop above."""
-    q, k, v, dout = qkv(B=1, T=6, H=2, K=1, D=4)
+@pytest.mark.parametrize("options", [{}, {"window": 2, "soft_cap": 0.7}], ids=str)
+def test_float64_gradients_are_its_own_central_differences(options):
+    """Red when: attention_float64.float64 leaves out a slope or a scale."""
+    inputs = [np.asarray(x, np.float64) for x in qkv(B=1, T=6, H=2, K=1, D=4)]
     positions, segments = packed_rows([2, 3], T=6)
-    got = gradients(implementation, q, k, v, dout, positions, segments)
+    rows = (positions, positions, segments, segments)
+    got = float64(*inputs, rows, **options)
     step = 1e-6
-    for which, gradient in enumerate(got):
-        inputs = [np.asarray(x, np.float64) for x in (q, k, v)]
-        for i in np.ndindex(inputs[which].shape):
+    for which, gradient in enumerate((got.dq, got.dk, got.dv)):
+        for i in np.ndindex(gradient.shape):
             ends = []
             for sign in (1, -1):
                 moved = [x.copy() for x in inputs]
                 moved[which][i] += sign * step
-                out = float64(*moved, positions, positions, segments, segments)
-                ends.append(np.sum(out * np.asarray(dout, np.float64)))
-            want = (ends[0] - ends[1]) / (2 * step)
-            np.testing.assert_allclose(gradient[i], want, **F32)
+                ends.append(np.sum(float64(*moved, rows, **options).out * inputs[3]))
+            np.testing.assert_allclose(gradient[i], (ends[0] - ends[1]) / (2 * step), atol=1e-8)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_one_token(implementation):
+    """Red when: a block or a run may be empty."""
+    q, k, v, dout = qkv(T=1)
+    positions, segments = packed_rows([1], [], T=1)
+    want = float64(q, k, v, dout, (positions, positions, segments, segments))
+    got = everything(implementation, q, k, v, dout, positions, segments)
+    for name, a, b in zip(want._fields, got, want):
+        np.testing.assert_allclose(a, b, err_msg=name, **F32)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+def test_documents_are_isolated_exactly(implementation):
+    """Red when: a hidden score is made small instead of -inf. Twice the same bits, too."""
+    q, k, v, dout = qkv(B=1, T=43)
+    rows = packed_rows([12, 12, 15], T=43)
+    before = everything(implementation, q, k, v, dout, *rows)
+    moved = [x.at[:, 12:24].add(1000.0) for x in (q, k, v, dout)]
+    after = everything(implementation, *moved, *rows)
+    again = everything(implementation, q, k, v, dout, *rows)
+    others = np.r_[0:12, 24:43]
+    for name, *arrays in zip(("out", "lse", "dq", "dk", "dv"), before, after, again):
+        axis = 2 if name == "lse" else 1
+        a, b, c = arrays
+        assert np.array_equal(a, c)
+        assert np.array_equal(np.take(a, others, axis), np.take(b, others, axis)), name
+        assert not np.array_equal(a, b)
+
+
+def test_a_policy_that_saves_the_named_residuals_runs_the_forward_once():
+    """Red when: one of the two names is removed from _attend_forward."""
+    q, k, v, _ = qkv(B=1, T=8, H=2, K=1, D=4)
+    positions, segments = packed_rows([8], T=8)
+
+    def exponentials(policy):
+        """One in the forward pass, one in the backward pass, one in a recomputation."""
+
+        @functools.partial(jax.checkpoint, policy=policy)
+        def layer(q, k, v):
+            return jnp.sum(attend(q, k, v, positions, segments, "chunked") ** 2)
+
+        lowered = jax.jit(jax.value_and_grad(layer, (0, 1, 2))).lower(q, k, v)
+        return lowered.as_text().count("stablehlo.exponential")
+
+    names = jax.checkpoint_policies.save_only_these_names
+    assert exponentials(names()) == 3
+    assert exponentials(names(*SAVED_NAMES)) == 2
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
@@ -165,8 +197,7 @@ def test_packed_documents_equal_separate_rows(implementation):
     assert not np.any(packed[:, start:])
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("size", [1e4, -1e4])
+@pytest.mark.parametrize(("packed", "size"), [(True, 1e4), (True, -1e4), (False, -1e4)])
 @pytest.mark.parametrize("implementation", ON_CPU)
 def test_rows_that_see_nothing_give_zero(implementation, size, packed):
     """Red when: the `empty` guard goes (0 / 0), or lse of an empty row is left at log(0)."""
@@ -208,7 +239,7 @@ def test_decoding_against_a_cache(implementation, T):
     kv_segments = (kv_positions < lengths[:, None]).astype(np.int32)
     positions = (lengths[:, None] - T + np.arange(T)).astype(np.int32)
     segments = np.ones((2, T), np.int32)
-    want = float64(q, k, v, positions, kv_positions, segments, kv_segments)
+    want = float64(q, k, v, None, (positions, kv_positions, segments, kv_segments)).out
     got = attend(
         q, k, v, jnp.array(positions), jnp.array(segments), implementation, packed=False,
         kv_positions=jnp.array(kv_positions), kv_segments=jnp.array(kv_segments),
@@ -223,7 +254,8 @@ def test_bf16_in_bf16_out(implementation):
     rows = packed_rows([20, 15], [43], T=43)
     out = attend(q, k, v, *rows, implementation)
     assert out.dtype == jnp.bfloat16
-    want = float64(*(x.astype(jnp.float32) for x in (q, k, v)), rows[0], rows[0], rows[1], rows[1])
+    rows64 = (rows[0], rows[0], rows[1], rows[1])
+    want = float64(*(x.astype(jnp.float32) for x in (q, k, v)), None, rows64).out
     np.testing.assert_allclose(out.astype(np.float32), want, **BF16)
     up = [x.astype(jnp.float32) for x in (q, k, v, dout)]
     for a, b in zip(
@@ -264,11 +296,26 @@ def test_under_scan_checkpoint_and_shard_map(implementation):
         np.testing.assert_allclose(a, b, **F32)
 
 
+def test_chunked_leaves_out_keys_that_no_query_of_a_run_can_see():
+    """Red when: a run of packed rows starts before its window or ends after its last query."""
+    runs = functools.partial(chunked._runs, 43, 43, SMALL_BLOCK)
+    queries = [slice(0, 16), slice(16, 32), slice(32, 48)]
+
+    def keys(**options):
+        found = runs(Options(scale=1.0, **options))
+        assert [q for q, _ in found] == (queries if options["packed"] else [slice(0, 48)])
+        return [(k.start, k.stop) for _, k in found]
+
+    assert keys(packed=False, window=5) == [(0, 43)]
+    assert keys(packed=True) == [(0, 16), (0, 32), (0, 43)]
+    assert keys(packed=True, window=5) == [(0, 16), (12, 32), (28, 43)]
+
+
 def test_chunked_memory_is_linear_in_the_length(monkeypatch):
     """Red when: QUERY_BLOCK grows with T, or a backward pass saves probabilities."""
 
     monkeypatch.setattr(chunked, "QUERY_BLOCK", 128)
-    monkeypatch.setattr(chunked, "PREFIXES", 8)
+    monkeypatch.setattr(chunked, "RUNS", 2)
 
     def temporary_bytes(T):
         shapes = [jax.ShapeDtypeStruct((1, T, h, 8), jnp.float32) for h in (4, 2, 2)]
@@ -289,6 +336,9 @@ def test_chunked_memory_is_linear_in_the_length(monkeypatch):
     ("change", "message"),
     [
         ({"implementation": "auto"}, "'auto' is unknown"),
+        ({"window": 0}, "window=0 must be an integer from 1 on"),
+        ({"window": 2.0}, "window=2.0 must be an integer"),
+        ({"soft_cap": -1.0}, "soft_cap=-1.0 must be a positive number"),
         ({"implementation": "cudnn"}, "needs an NVIDIA GPU, the backend is 'cpu'"),
         ({"packed": True, "T": 3}, "T=3, S=40: pass packed=False"),
         ({"H": 5}, "heads=5 must be a multiple of kv_heads=2"),
@@ -310,4 +360,5 @@ def test_errors_name_the_value_and_the_fix(change, message):
             positions, change.get("segments", segments),
             change.get("implementation", "chunked"), change.get("packed", True),
             kv_positions=jnp.zeros((2, 40), jnp.int32), kv_segments=jnp.ones((2, 40), jnp.int32),
+            window=change.get("window"), soft_cap=change.get("soft_cap"),
         )  # fmt: skip

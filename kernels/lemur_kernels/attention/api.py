@@ -1,16 +1,34 @@
-"""The public attention function: checks, then the implementation that the caller names.
+"""The public attention functions: checks, then the implementation that the caller names.
+
+An implementation is a module with two plain functions; the one custom gradient is here:
+
+    forward(q_BTHD, k_BSKD, v_BSKD, rows, options) -> out_BTHD, lse_BHT
+    backward(q_BTHD, k_BSKD, v_BSKD, rows, options, out_BTHD, lse_BHT, dout_BTHD) -> dq, dk, dv
+
+lse is the f32 natural log of the sum of a row's exp(score), +inf where no key is visible, so that
+exp(score - lse) is always the probability. `backward` must compute the probabilities from the lse
+that it is given and not from its own softmax: a ring (ring.py) passes out and lse of all keys with
+the keys of one device.
 
 Axis key: B batch, T query length, S key length, H heads, K kv heads, G = H / K, D head dim.
 """
 
+import functools
+import math
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lemur_kernels.attention.chunked import chunked
-from lemur_kernels.attention.cudnn import cudnn
-from lemur_kernels.attention.reference import reference, visible_BTS
+from lemur_kernels.attention import chunked, cudnn, reference
+from lemur_kernels.attention.mask import Options, Rows
+from lemur_kernels.varying import varying_alike
 
-IMPLEMENTATIONS = ("reference", "chunked", "cudnn")
+IMPLEMENTATIONS = ("reference", "chunked", "cudnn", "pallas_tpu")
+# What the backward pass reads besides q, k and v. A jax.checkpoint policy that saves both names
+# spares the recomputation of the forward kernel; one alone spares nothing.
+SAVED_NAMES = ("attention_kernel_out", "attention_kernel_lse")
 
 
 def attention(
@@ -24,68 +42,162 @@ def attention(
     kv_segments_BS: jax.Array,
     packed: bool,
     scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
     implementation: str,
 ) -> jax.Array:
     """Softmax attention under one mask rule, grouped kv heads, softmax in f32.
 
     Key j is visible to query i iff both have the same non-zero segment and
-    kv_positions[j] <= q_positions[i]. A query with no visible key gives 0 and gradient 0.
+    kv_positions[j] <= q_positions[i]; with a window also q_positions[i] - kv_positions[j] < window.
+    A query with no visible key gives 0 and gradient 0.
     Query head h reads kv head h // G (GQA, arXiv:2305.13245); repeated k and v never exist.
 
     Args:
       q_BTHD: queries, f32 or bf16.
       k_BSKD, v_BSKD: keys and values, the queries' dtype; K divides H.
-      q_positions_BT, kv_positions_BS: int32 place of each token in its document.
-      q_segments_BT, kv_segments_BS: int32 document of each token; 0 is padding or a free slot.
+      q_positions_BT, kv_positions_BS: place of each token in its document, integers from 0.
+      q_segments_BT, kv_segments_BS: document of each token, integers; 0 is padding or a free slot.
       packed: the caller's promise that T == S, queries and keys are the same tokens, documents
         are contiguous and positions grow by one inside each (training, prefill), so nothing
         visible lies above the diagonal. False makes no promise (decoding against a cache).
       scale: factor on the scores; 1 / sqrt(D) when None.
+      window: a query sees itself and the window - 1 positions before it (sliding window,
+        arXiv:2310.06825); None sees the whole document.
+      soft_cap: scaled scores become soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv:2408.00118);
+        None leaves them.
       implementation: "reference" (the definition, memory O(T S)), "chunked" (plain XLA, memory
-        O(T + S) in both passes) or "cudnn" (NVIDIA GPUs, 16-bit).
+        O(T + S) in both passes), "cudnn" (NVIDIA GPUs, 16-bit, no soft_cap) or "pallas_tpu".
 
     Returns:
       out_BTHD in q's dtype. Differentiable once with respect to q, k and v.
 
     Raises:
-      ValueError: unknown implementation, shapes or dtypes that do not fit, with the fix.
+      ValueError: unknown implementation, or shapes, dtypes, options or a backend that do not fit
+        it, with the fix.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is unknown; legal: {IMPLEMENTATIONS}")
-    _check(q_BTHD, k_BSKD, v_BSKD, packed)
-    B, T, S = q_BTHD.shape[0], q_BTHD.shape[1], k_BSKD.shape[1]
-    rows = (q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    names = ("q_positions_BT", "kv_positions_BS", "q_segments_BT", "kv_segments_BS")
-    for name, x, shape in zip(names, rows, ((B, T), (B, S)) * 2):
-        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; pass integers {list(shape)}")
-    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-    if implementation == "chunked":
-        return chunked(q_BTHD, k_BSKD, v_BSKD, *rows, packed=packed, scale=scale)
-    mask_BTS = visible_BTS(*rows)
-    if implementation == "cudnn":
-        return cudnn(q_BTHD, k_BSKD, v_BSKD, mask_BTS, packed=packed, scale=scale)
-    return reference(q_BTHD, k_BSKD, v_BSKD, mask_BTS, scale)
+    return attention_with_lse(
+        q_BTHD,
+        k_BSKD,
+        v_BSKD,
+        q_positions_BT=q_positions_BT,
+        kv_positions_BS=kv_positions_BS,
+        q_segments_BT=q_segments_BT,
+        kv_segments_BS=kv_segments_BS,
+        packed=packed,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        implementation=implementation,
+    )[0]
 
 
-def _check(q_BTHD, k_BSKD, v_BSKD, packed: bool) -> None:
+def attention_with_lse(
+    q_BTHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    kv_positions_BS: jax.Array,
+    q_segments_BT: jax.Array,
+    kv_segments_BS: jax.Array,
+    packed: bool,
+    scale: float | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    implementation: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention`, and the log-sum-exp of each row's scores.
+
+    Returns:
+      out_BTHD as `attention`; lse_BHT, f32, natural log, of scaled and capped scores, +inf where no
+      key is visible. Gradients flow through out only: lse is a constant (stop_gradient).
+
+    Raises:
+      ValueError: as `attention`.
+    """
+    rows = Rows(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
+    options = checked(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap)
+    q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
+        q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
+    )
+    implementation_named(implementation)
+    out_BTHD, lse_BHT = _attend(q_BTHD, k_BSKD, v_BSKD, Rows(*rows), options, implementation)
+    return out_BTHD, jax.lax.stop_gradient(lse_BHT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation):
+    return implementation_named(implementation).forward(q_BTHD, k_BSKD, v_BSKD, rows, options)
+
+
+def _attend_forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation):
+    out_BTHD, lse_BHT = _attend(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation)
+    out_BTHD = checkpoint_name(out_BTHD, SAVED_NAMES[0])
+    lse_BHT = checkpoint_name(lse_BHT, SAVED_NAMES[1])
+    return (out_BTHD, lse_BHT), (q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT)
+
+
+def _attend_backward(options, implementation, residuals, cotangents):
+    q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT = residuals
+    dout_BTHD, _ = cotangents  # lse leaves through stop_gradient
+    return *implementation_named(implementation).backward(
+        q_BTHD, k_BSKD, v_BSKD, rows, options, out_BTHD, lse_BHT, dout_BTHD
+    ), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def implementation_named(name: str) -> ModuleType:
+    """The module with `forward` and `backward`.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    if name == "pallas_tpu":  # imported only when named: Pallas is slow to import
+        from lemur_kernels.attention import pallas_tpu
+
+        return pallas_tpu
+    modules = {"reference": reference, "chunked": chunked, "cudnn": cudnn}
+    if name not in modules:
+        raise ValueError(f"implementation={name!r} is unknown; legal: {IMPLEMENTATIONS}")
+    return modules[name]
+
+
+def checked(q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, soft_cap) -> Options:
+    """The static options of a call, after every check that all implementations share.
+
+    Raises:
+      ValueError: names the argument, its value and the fix.
+    """
     if q_BTHD.ndim != 4 or k_BSKD.ndim != 4 or k_BSKD.shape != v_BSKD.shape:
         raise ValueError(
             f"attention takes q [B,T,H,D] and equal k, v [B,S,K,D]; got q {list(q_BTHD.shape)}, "
             f"k {list(k_BSKD.shape)}, v {list(v_BSKD.shape)}"
         )
     B, T, H, D = q_BTHD.shape
+    S, K = k_BSKD.shape[1:3]
     if (k_BSKD.shape[0], k_BSKD.shape[3]) != (B, D):
         raise ValueError(
             f"q {list(q_BTHD.shape)} and k {list(k_BSKD.shape)} must agree in batch and head_dim"
         )
-    if H % k_BSKD.shape[2]:
-        raise ValueError(f"heads={H} must be a multiple of kv_heads={k_BSKD.shape[2]}")
+    if H % K:
+        raise ValueError(f"heads={H} must be a multiple of kv_heads={K}")
     if not q_BTHD.dtype == k_BSKD.dtype == v_BSKD.dtype:
         raise ValueError(
             f"q, k, v must share a dtype; got {q_BTHD.dtype}, {k_BSKD.dtype}, {v_BSKD.dtype}"
         )
-    if packed and k_BSKD.shape[1] != T:
-        raise ValueError(
-            f"packed=True promises T == S; got T={T}, S={k_BSKD.shape[1]}: pass packed=False"
-        )
+    if packed and S != T:
+        raise ValueError(f"packed=True promises T == S; got T={T}, S={S}: pass packed=False")
+    for name, x, shape in zip(Rows._fields, rows, ((B, T), (B, S)) * 2):
+        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; pass integers {list(shape)}")
+    if window is not None and (
+        isinstance(window, bool) or not isinstance(window, int) or not 0 < window < 2**31
+    ):
+        raise ValueError(f"window={window!r} must be an integer from 1 on, or None for no window")
+    if soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap)):
+        raise ValueError(f"soft_cap={soft_cap!r} must be a positive number, or None for no cap")
+    scale = D**-0.5 if scale is None else float(scale)
+    return Options(packed, scale, window, None if soft_cap is None else float(soft_cap))

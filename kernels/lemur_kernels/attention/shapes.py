@@ -1,0 +1,177 @@
+"""Which shapes the TPU kernels are certified for, and the block sizes to run them with.
+
+certified.csv is written by tools/certify_kernels.py: every line went through the TPU compiler for
+its chip (legality, fast memory, spills, predicted cycles). A shape outside of it is an error that
+names the nearest one inside. Reading it needs no device.
+"""
+
+import csv
+import dataclasses
+import functools
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("certified.csv")
+DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a certificate is for.
+
+    chip: "v4", "v5e", "v5p", "v6e" or "v7x". direction: "forward" or "backward".
+    dtype: "bfloat16" or "float32". seq: tokens of a row.
+    """
+
+    chip: str
+    direction: str
+    dtype: str
+    head_dim: int
+    heads: int
+    kv_heads: int
+    seq: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """One compiled program: compiler-predicted, never measured.
+
+    Attributes:
+      shape: what was compiled.
+      blocks: the chosen sizes by name: fields of tilings.Tiling.
+      vmem_kib: fast memory that it takes. spills: registers stored to it, in the program text.
+      kcycles: thousand cycles of a TensorCore by mask ("causal", "segments", "window").
+    """
+
+    shape: Shape
+    blocks: dict[str, int | None]
+    vmem_kib: int
+    spills: int
+    kcycles: dict[str, float]
+
+
+def chip_of(device_kind: str) -> str:
+    """The chip's name in the table; `jax.Device.device_kind` in.
+
+    Raises:
+      ValueError: not a TPU that the kernels are certified for.
+    """
+    if device_kind not in DEVICE_KINDS:
+        raise ValueError(
+            f"device_kind={device_kind!r} has no certified kernels; supported: "
+            f"{', '.join(DEVICE_KINDS)}; use implementation='chunked' elsewhere"
+        )
+    return DEVICE_KINDS[device_kind]
+
+
+@functools.cache
+def certificates(path: Path = TABLE) -> tuple[Certificate, ...]:
+    """All of the table: a comment, a header, one line for each shape."""
+    with path.open(newline="") as file:
+        file.readline()
+        return tuple(_certificate(row) for row in csv.DictReader(file))
+
+
+def _certificate(row: dict[str, str]) -> Certificate:
+    def part(prefix: str) -> dict[str, str]:
+        return {k.removeprefix(prefix): v for k, v in row.items() if k.startswith(prefix)}
+
+    names = [field.name for field in dataclasses.fields(Shape)]
+    return Certificate(
+        shape=Shape(
+            *(row[n] if n in ("chip", "direction", "dtype") else int(row[n]) for n in names)
+        ),
+        blocks={name: int(value) if value else None for name, value in part("blocks.").items()},
+        vmem_kib=int(row["vmem_kib"]),
+        spills=int(row["spills"]),
+        kcycles={mask: float(value) for mask, value in part("kcycles.").items()},
+    )
+
+
+def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
+    """The certificate to run a shape with: same chip, direction, dtype and head_dim, as many query
+    heads to a kv head, the shortest certified row that holds `seq` tokens (kernels pad).
+
+    Raises:
+      ValueError: outside of the table; names the field and the nearest supported value.
+    """
+    left = certificates(path)
+    group = shape.heads // shape.kv_heads
+    fields = (
+        ("chip", shape.chip, lambda s: s.chip),
+        ("direction", shape.direction, lambda s: s.direction),
+        ("dtype", shape.dtype, lambda s: s.dtype),
+        ("head_dim", shape.head_dim, lambda s: s.head_dim),
+        ("heads / kv_heads", group, lambda s: s.heads // s.kv_heads),
+    )
+    for name, value, read in fields:
+        fit = tuple(c for c in left if read(c.shape) == value)
+        if not fit:
+            raise ValueError(_outside(shape, name, value, sorted({read(c.shape) for c in left})))
+        left = fit
+    # A program cuts the heads into steps: it serves every multiple of its step's heads.
+    steps = sorted({c.blocks.get("heads", 1) for c in left})
+    left = tuple(c for c in left if shape.heads % c.blocks.get("heads", 1) == 0)
+    if not left:
+        raise ValueError(_outside(shape, "heads", shape.heads, steps))
+    lengths = sorted({c.shape.seq for c in left})
+    left = tuple(c for c in left if c.shape.seq >= shape.seq)
+    if not left:
+        raise ValueError(_outside(shape, "seq", shape.seq, lengths))
+
+    def distance(c: Certificate):
+        return c.shape.seq, abs(c.shape.kv_heads - shape.kv_heads), abs(c.shape.heads - shape.heads)
+
+    return min(left, key=distance)
+
+
+_FIXES = {
+    "head_dim": "pad q, k and v with zeros to it and keep the scale",
+    "heads / kv_heads": "repeat the kv heads until the ratio is reached",
+    "heads": "use a multiple of it",
+    "seq": "split the row, or shard it over the sequence axis",
+    "dtype": "cast q, k and v",
+    "chip": "certify it with tools/certify_kernels.py",
+    "direction": "certify it with tools/certify_kernels.py",
+}
+
+
+def _outside(shape: Shape, name: str, value, supported: list) -> str:
+    if isinstance(value, int) and supported:
+        larger = [s for s in supported if s >= value]
+        nearest = larger[0] if larger else supported[-1]
+    else:
+        nearest = ", ".join(map(str, supported)) or "none"
+    return (
+        f"attention implementation='pallas_tpu' is not certified for {name}={value} "
+        f"({shape}); nearest supported: {nearest}; {_FIXES[name]}, or use implementation='chunked'"
+    )
+
+
+def table_text(found: list[Certificate], made_with: dict[str, str]) -> str:
+    """The table's file, one sorted line for each shape: a change of one is a change of one line.
+
+    Raises:
+      ValueError: certificates whose blocks or masks have different names.
+    """
+    rows = []
+    for c in sorted(found, key=lambda c: dataclasses.astuple(c.shape)):
+        row = dataclasses.asdict(c.shape)
+        row |= {f"blocks.{name}": value for name, value in sorted(c.blocks.items())}
+        row |= {"vmem_kib": c.vmem_kib, "spills": c.spills}
+        rows.append(row | {f"kcycles.{mask}": value for mask, value in c.kcycles.items()})
+    names = [*rows[0]] if rows else []
+    for row in rows:
+        if [*row] != names:
+            raise ValueError(f"{row} has other columns than {names}: certify all shapes again")
+    comment = "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    return "".join(line + "\n" for line in (comment, *map(",".join, [names, *cells])))
