@@ -101,7 +101,8 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
             *("kernel", "Mcycles", "in kernels", "outside", "unclamped", "MXU", "VALU"),
             *("spill st/ld", "VMEM MiB", "temp MiB", "bundles", "compile s", "x best", "x floor"),
         ):
-            table.add_column(column, justify="left" if column == "kernel" else "right")
+            name = column in ("kernel", "spill st/ld")
+            table.add_column(column, justify="left" if name else "right", no_wrap=name)
         for name, result in mine.items():
             if result["ok"]:
                 table.add_row(name, *_row(result, best, floor))
@@ -229,7 +230,7 @@ def main() -> int:
         parser.error(f"--only {unknown}: choose from {list(KERNELS[options.kernel])}")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=132)
+        console = Console(width=160)
     if reason := compiling.missing():
         console.print(reason)
         return 1
