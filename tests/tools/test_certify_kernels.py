@@ -13,6 +13,7 @@ sys.path.insert(0, str(TOOLS))
 
 import certify_kernels as certify  # noqa: E402
 from lemur_kernels.attention import shapes  # noqa: E402
+from lemur_kernels.attention.tilings import Tiling  # noqa: E402
 from tpu_compiler.cases import Case  # noqa: E402
 
 HERE = str(Path(__file__).resolve().parent)
@@ -118,3 +119,25 @@ def test_the_whole_matrix():
     assert len(matrix) == 5 * 5 * 3 * 2 * 2 and all(len(group) == 7 for group in matrix)
     assert {c.chip for g in matrix for c in g} == {"v4", "v5e", "v5p", "v6e", "v7x"}
     assert matrix[0][0].head_dim == 128 and matrix[0][0].dtype == "bfloat16"
+
+
+def test_the_shipped_table_is_one_that_the_kernels_take():
+    """Red if certified.csv has a column that Tiling lacks, or a program larger than the chip."""
+    table = shapes.certificates()
+    assert table
+    for c in table:
+        assert Tiling(**c.blocks).block % 128 == 0, c
+        assert c.vmem_kib * 1024 <= certify.CHIPS[c.shape.chip].vmem_bytes, c
+        assert 0 < c.kcycles["segments"] <= 1.6 * c.kcycles["causal"], c
+    assert len({c.shape for c in table}) == len(table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: no TPU compiler (pip install libtpu==0.0.42.1)",
+)
+def test_lines_of_the_shipped_table_compile_to_what_they_say(monkeypatch, capsys):
+    """Red if the kernels changed and certified.csv did not: run tools/certify_kernels.py."""
+    monkeypatch.setattr(sys, "argv", ["certify_kernels.py", "--check", "3"])
+    assert certify.main() == 0, capsys.readouterr().out
