@@ -37,7 +37,7 @@ def test_the_70b_loss_compiles_and_its_logits_stay_in_vmem():
 
 
 @needs_libtpu
-@pytest.mark.slow
+@pytest.mark.certify
 def test_every_chip_and_shape_compiles():
     """Red when: a chip's blocks outgrow its VMEM for some width, vocabulary or dtype."""
     rows = table("--cases", "whole")

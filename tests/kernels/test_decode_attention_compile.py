@@ -38,7 +38,7 @@ def test_sample_compiles_on_every_chip():
     check("sample")
 
 
-@pytest.mark.slow
+@pytest.mark.certify
 def test_everything_compiles_on_every_chip():
     """head_dim x page size x heads x dtype, and the other options."""
     check("full")
