@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from lemur_kernels.attention import api as attention_api
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.model import rope
