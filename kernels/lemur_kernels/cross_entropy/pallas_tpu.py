@@ -37,19 +37,23 @@ def _tile_kernel(limit_ref, target_ref, x_ref, w_ref, *refs, keep: bool, steps: 
     v, k = pl.program_id(1), pl.program_id(2)
     tokens, columns = acc_ref.shape
 
+    # The scopes name the regions of the schedule that tools/tpu_compiler reads.
     @pl.when((v == 0) & (k == 0))
+    @jax.named_scope("start")
     def _():
         top_ref[...] = jnp.full(top_ref.shape, FLOOR, jnp.float32)
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         hit_ref[...] = jnp.zeros(hit_ref.shape, jnp.float32)
 
     @pl.when(k == 0)
+    @jax.named_scope("clear")
     def _():
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
 
     # In no branch: the additions are scheduled under the product.
     acc_ref[...] += jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32)
 
+    @jax.named_scope("strip")
     def finish(i, _):
         rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
         column = lax.broadcasted_iota(jnp.int32, (strip, columns), 1) + v * columns
@@ -75,6 +79,7 @@ def _tile_kernel(limit_ref, target_ref, x_ref, w_ref, *refs, keep: bool, steps: 
         lax.fori_loop(0, tokens // strip, finish, ())
 
     @pl.when((v == pl.num_programs(1) - 1) & (k == steps - 1))
+    @jax.named_scope("close")
     def _():
         total = total_ref[...].sum(1, keepdims=True)
         log_z_ref[...] = top_ref[...] + jnp.log(total)
