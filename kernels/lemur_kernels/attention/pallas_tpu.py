@@ -2,9 +2,9 @@
 
 The forward pass of packed rows first runs without a running maximum: probabilities are
 exp2(score) unscaled, and the f32 sum says afterwards whether that was safe. A query whose sum left
-2^-RANGE .. 2^RANGE (scores beyond about 55 in either direction) makes its block of queries run
+2^-80 .. 2^80 (scores beyond about 55 in either direction) makes its block of queries run
 again, by a second call of the same kernel with the running maximum over a list of just these
-blocks: empty in ordinary training, when it costs no grid step.
+blocks: empty in ordinary training, when it costs no grid step. Safe queries keep their results.
 
 Axis key: B batch, T query length, S key length, H heads, K kv heads, D head dim, Q query blocks.
 """
@@ -19,8 +19,6 @@ from lemur_kernels.attention import steps as st
 from lemur_kernels.attention.mask import Options, Rows
 from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import LOG2_E
-
-RANGE = 80
 
 
 def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, *, tiling=None, interpret=False):
@@ -157,7 +155,7 @@ def least_first_keys(rows: Rows, options: Options, square: int) -> jax.Array:
 
 def _unsafe_blocks(lse_H1T, segments_BT, block: int) -> jax.Array:
     """Blocks of queries with a sum out of range for some head, bool [B, Q]. NaN is unsafe."""
-    unsafe_T = ~(jnp.abs(lse_H1T[:, 0] * LOG2_E) <= RANGE).all(0)
+    unsafe_T = ~tpu_forward.is_safe(lse_H1T[:, 0]).all(0)
     unsafe_BT = unsafe_T.reshape(segments_BT.shape) & (segments_BT != 0)
     return unsafe_BT.reshape(unsafe_BT.shape[0], -1, block).any(-1)
 

@@ -28,6 +28,7 @@ from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 LOG2_E = math.log2(math.e)
 MASKED_SCORE = -1e30  # exp2 of it is 0 whatever finite number is subtracted
 LOWEST_MAXIMUM = -1e29  # above MASKED_SCORE: a row with nothing visible yet keeps probability 0
+RANGE = 80  # binary orders of magnitude on either side of 1
 NT = (((1,), (1,)), ((), ()))  # x y^T
 NN = (((1,), (0,)), ((), ()))  # x y
 KINDS = {
@@ -187,6 +188,11 @@ def all_heads(scope: str, tiling: Tiling, kind: int, tiles: list[Tile], products
     lax.fori_loop(0, tiling.heads // unroll, some_heads, 0)
 
 
+def is_safe(lse):
+    """Whether a sum of exponentials without a running maximum was safe. NaN is not."""
+    return jnp.abs(lse * LOG2_E) <= RANGE
+
+
 def kinds_of(options: Options) -> list[int]:
     packed = [st.FULL, st.DIAGONAL, st.EDGE, st.CORNER]
     return packed if options.packed else [st.FULL, st.MASKED]
@@ -202,8 +208,9 @@ def _kernel(
     options: Options, tiling: Tiling, online: bool, marks: int, group: int, row_blocks: int,
 ):  # fmt: skip
     mark_refs, refs = refs[:marks], refs[marks:]
-    if online and options.packed:
-        refs = refs[2:]  # the aliased results of the first pass: not read
+    repeats = online and options.packed
+    if repeats:
+        (earlier_out_ref, earlier_lse_ref), refs = refs[:2], refs[2:]
     out_ref, lse_ref, acc_ref, sum_ref, *max_ref = refs
     action, place = actions[pl.program_id(1)], places[pl.program_id(1)]
     first_index = (st.key_block(place) - st.row(action) * row_blocks) * tiling.block
@@ -276,11 +283,20 @@ def _kernel(
                 sum_1Q = sum_ref[head].sum(0, keepdims=True)
                 some_1Q = sum_1Q > 0
                 share_1Q = jnp.where(some_1Q, 1 / jnp.where(some_1Q, sum_1Q, 1), 0)
-                out_ref[head] = (acc_ref[head] * share_1Q).astype(out_ref.dtype).T
+                out_DQ = (acc_ref[head] * share_1Q).astype(out_ref.dtype)
                 exponent_1Q = jnp.log2(jnp.where(some_1Q, sum_1Q, 1))
                 if online:
                     exponent_1Q += max_ref[0][head]
-                lse_ref[head] = jnp.where(some_1Q, exponent_1Q / LOG2_E, jnp.inf)
+                lse_1Q = jnp.where(some_1Q, exponent_1Q / LOG2_E, jnp.inf)
+                if repeats:
+                    # The bits of a safe query must not tell of an unsafe one beside it.
+                    earlier_1Q = earlier_lse_ref[head]
+                    safe_1Q = is_safe(earlier_1Q)
+                    lse_1Q = jnp.where(safe_1Q, earlier_1Q, lse_1Q)
+                    earlier_DQ = earlier_out_ref[head].astype(jnp.float32).T
+                    out_DQ = jnp.where(safe_1Q, earlier_DQ, out_DQ.astype(jnp.float32))
+                out_ref[head] = out_DQ.astype(out_ref.dtype).T
+                lse_ref[head] = lse_1Q
             return 0
 
         lax.fori_loop(0, tiling.heads, one_head, 0)
@@ -297,7 +313,9 @@ def mark_specs(options: Options, block: int) -> list[pl.BlockSpec]:
 
     if options.packed:
         return [pl.BlockSpec((1, block), q_row)]
-    return [pl.BlockSpec((1, block), q_row)] * 2 + [pl.BlockSpec((block, 128), kv_column)] * 2
+    # One buffer: 256 KiB each at 512 tokens, which v4 has no room to hold twice.
+    column = pl.BlockSpec((block, 128), kv_column, pipeline_mode=pl.Buffered(1))
+    return [pl.BlockSpec((1, block), q_row)] * 2 + [column] * 2
 
 
 def forward(
@@ -307,8 +325,8 @@ def forward(
     """(out_HTD in q's dtype, lse_H1T f32) of the query blocks that `steps` names.
 
     `row_tokens`: keys of one row, whole blocks. `earlier`: (out, lse) of a first pass, which keep
-    what `steps` does not name; asks for the online form. Rows that are not packed always take
-    the online form.
+    their safe queries and what `steps` does not name; asks for the online form. Rows that are not
+    packed always take the online form.
     """
     H, T, D = q_HTD.shape
     h, group, block = tiling.heads, H // k_KSD.shape[0], tiling.block
@@ -342,7 +360,11 @@ def forward(
     aliases = {}
     if earlier is not None:
         aliases = {3 + len(arrays) + i: i for i in range(2)}
-        specs += [pl.BlockSpec(memory_space=pl.ANY)] * 2
+        once = pl.Buffered(1)
+        specs += [
+            pl.BlockSpec((h, block, D), q_index, pipeline_mode=once),
+            pl.BlockSpec((h, 1, block), lse_index, pipeline_mode=once),
+        ]
         arrays += earlier
     scratch = [
         pltpu.VMEM((h, D, block), jnp.float32),
