@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 UV = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-slow check fmt
+.PHONY: demo test test-slow certify check fmt
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python tools/demo.py
@@ -12,7 +12,10 @@ test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest
 
 test-slow: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest -m slow
+	$(VENV)/bin/python -m pytest -m "slow and not certify"
+
+certify: $(VENV)/.ready-test
+	$(VENV)/bin/python -m pytest -m certify
 
 check: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

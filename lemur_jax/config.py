@@ -326,20 +326,27 @@ class OptimizerConfig:
         _raise_if(problems)
 
 
+LOSS_IMPLEMENTATIONS = ("auto", "reference", "chunked", "pallas_tpu")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """Cross-entropy over the vocabulary.
 
     Attributes:
       z_loss: weight of mean(log(Z)^2), which keeps logits from drifting (PaLM uses 1e-4).
-      chunk_tokens: tokens of each row whose logits exist at one time; full logits never do.
+      chunk_tokens: tokens of each row whose logits exist at one time; full logits never do. On
+        TPU the whole row, where it fits, is fastest: each chunk adds to the head's gradient.
+      implementation: LOSS_IMPLEMENTATIONS; "auto" is resolved once, before tracing, and printed.
     """
 
     z_loss: float = 0.0
     chunk_tokens: int = 512
+    implementation: str = "auto"
 
     def __post_init__(self):
-        _raise_if(_not_negative(self, "z_loss") + _positive(self, "chunk_tokens"))
+        problems = _not_negative(self, "z_loss") + _positive(self, "chunk_tokens")
+        _raise_if(problems + _one_of(self, "implementation", LOSS_IMPLEMENTATIONS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Our TPU kernels against the public ones, by the TPU compiler's own final schedule.
 
     python tools/bench_kernels.py --chip v4 v5e v5p v6e [--only ours splash] [--regions]
+    python tools/bench_kernels.py --chip v5e --case "8 x 512" demo --direction forward
 
 Every figure is compiler-predicted (cycles per TensorCore, in millions), nothing ran on a TPU; see
 tools/tpu_compiler/cost.py for what is counted. tokamax is compared when it can be imported.
@@ -101,7 +102,8 @@ def tables(chip: str, results: dict, options: argparse.Namespace) -> list[Table 
             *("kernel", "Mcycles", "in kernels", "outside", "unclamped", "MXU", "VALU"),
             *("spill st/ld", "VMEM MiB", "temp MiB", "bundles", "compile s", "x best", "x floor"),
         ):
-            table.add_column(column, justify="left" if column == "kernel" else "right")
+            name = column in ("kernel", "spill st/ld")
+            table.add_column(column, justify="left" if name else "right", no_wrap=name)
         for name, result in mine.items():
             if result["ok"]:
                 table.add_row(name, *_row(result, best, floor))
@@ -163,6 +165,8 @@ def _packed(chip: str, direction: str, ours: dict, best: float, options) -> Tabl
         table.add_column(column, justify="left" if column == "row" else "right")
     groups: dict[str, list[tuple[float, float]]] = {}
     for name, lengths in packings(options.seq).items():
+        if options.case and not any(name.startswith(case) for case in options.case):
+            continue
         total = ours["variants"][name]["cycles"] + ours["outside_cycles"]
         floor = floor_cycles(_case(chip, direction, options, lengths))
         group = name.rsplit(" ", 1)[0] + ", mean of rows" if name.startswith("demo") else name
@@ -221,6 +225,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write every figure and region here")
     parser.add_argument("--only", nargs="+", help="of the kernel's rows, as ours splash")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--case", nargs="+", help='packings to show, as "8 x 512" or demo')
     parser.add_argument("--regions", action="store_true", help="show where the cycles go")
     parser.add_argument("--no-crosscheck", action="store_true")
     options = parser.parse_args()
@@ -229,7 +234,7 @@ def main() -> int:
         parser.error(f"--only {unknown}: choose from {list(KERNELS[options.kernel])}")
     console = Console()
     if not console.is_terminal:
-        console = Console(width=132)
+        console = Console(width=160)
     if reason := compiling.missing():
         console.print(reason)
         return 1

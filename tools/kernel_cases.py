@@ -39,7 +39,6 @@ def fingerprint() -> str:
         for name in (
             "mask.py",
             "steps.py",
-            "tilings.py",
             "tpu_forward.py",
             "tpu_backward.py",
             "pallas_tpu.py",
@@ -53,7 +52,7 @@ def _attention(case: Case) -> Built:
     import jax
     import numpy as np
     from lemur_kernels.attention import pallas_tpu as tpu
-    from lemur_kernels.attention.counts import region_counts
+    from lemur_kernels.attention.counts import region_counts, span_count
     from lemur_kernels.attention.mask import Options, Rows
     from lemur_kernels.attention.tilings import kv_heads_per_step
 
@@ -111,7 +110,8 @@ def _attention(case: Case) -> Built:
     counts["lemur_attention_online"] = dict.fromkeys(counts["lemur_attention_forward"], 0)
     counts["lemur_attention_online"]["start"] = 0
     fn, args = functions[case.direction]
-    return Built(fn, args, counts)
+    spans = span_count(-(-S // tilings[True].block), tilings[True])
+    return Built(fn, args, counts, trips=spans)
 
 
 def cross_entropy(case: Case, implementation: str = "pallas_tpu") -> Built:

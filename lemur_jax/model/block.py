@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from lemur_kernels.attention import api as attention_api
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.model import rope
@@ -25,8 +26,8 @@ ACTIVATION = {
 }
 
 # Activations that the remat policies "named" and "offload" keep: a layer's inputs to its large
-# products. What lies between them is cheap to compute again.
-SAVED_NAMES = ("qkv", "attention_out", "mlp_in")
+# products, and what the attention kernel's backward pass reads. The rest is cheap to do again.
+SAVED_NAMES = ("qkv", *attention_api.SAVED_NAMES, "mlp_in")
 
 
 def rms_norm(x_BTE: jax.Array, scale_E: jax.Array, eps: float) -> jax.Array:
@@ -123,7 +124,6 @@ class Block(nnx.Module):
 
     def finish(self, x_BTE, attended_BTHD):
         """Output projection, residuals and MLP: [B,T,E]."""
-        attended_BTHD = checkpoint_name(attended_BTHD, "attention_out")
         x = x_BTE + self._linear(attended_BTHD, "wo", "bo", inputs=2)
         x = constrain(x, "batch", "length", "act_embed")
         y = rms_norm(x, self.mlp_norm[...], self.config.norm_eps)

@@ -27,7 +27,8 @@ class Estimate:
       parameter_bytes, optimizer_bytes, gradient_bytes: exact, from the shardings.
       activation_bytes: what the backward pass of one micro-batch keeps, traced, under the remat
         policy; an upper bound, since the compiler may recompute or shard more.
-      logits_bytes: float32 logits of one chunk and their gradient.
+      logits_bytes: of one chunk: float32 logits and their gradient; with the loss "pallas_tpu"
+        probabilities in the compute dtype.
       flops_per_step: model FLOPs of the global batch.
       tokens: of the whole run.
     """
@@ -58,7 +59,7 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
     """Traces the model abstractly; needs none of the devices of the mesh.
 
     Args:
-      config: with an attention implementation other than "auto".
+      config: with implementations of attention and loss other than "auto".
       mesh: resolved sizes.
     """
     sizes = (mesh.data * mesh.dcn_data, mesh.fsdp, mesh.sequence, mesh.tensor)
@@ -68,6 +69,8 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
     ways = sizes[0] * sizes[1] * mesh.sequence
     chunk = min(config.loss.chunk_tokens, length)
     vocab = sharding.padded_vocab(config.model)
+    kernel = config.loss.implementation == "pallas_tpu"
+    logit_bytes = jnp.dtype(config.model.dtype).itemsize if kernel else 2 * 4
     return Estimate(
         parameters=param.size(state.model).parameters,
         devices=math.prod(sizes),
@@ -75,7 +78,7 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
         optimizer_bytes=_bytes_per_device(state.opt_state),
         gradient_bytes=_bytes_per_device(state.model),
         activation_bytes=_saved_bytes(config, rows, length) // ways,
-        logits_bytes=2 * 4 * rows * chunk * vocab // (sizes[0] * sizes[1] * mesh.tensor),
+        logits_bytes=logit_bytes * rows * chunk * vocab // (sizes[0] * sizes[1] * mesh.tensor),
         flops_per_step=config.data.batch_size * length * flops_per_token(config.model, length),
         tokens=config.steps * config.data.batch_size * length,
     )

@@ -22,6 +22,7 @@ from lemur_jax.model.attention import describe, resolve_implementation
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train import saved
 from lemur_jax.train.loss import loss_sums
+from lemur_jax.train.loss import resolve_implementation as resolve_loss
 from lemur_jax.train.optimizer import optimizer, schedule
 from lemur_jax.train.progress import StepProgress, StopRequest
 from lemur_jax.train.step import Metrics, make_step
@@ -80,11 +81,14 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention)
     )
+    loss = resolve_loss(config.loss, jax.devices()[0])
+    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, implementation=loss))
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     report(
         f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
         f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
     )
+    report(f"loss: {loss}")
 
     # ----- data ------------------------------------------------------------------------------
     pipeline = Pipeline(config.data)

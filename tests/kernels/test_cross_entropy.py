@@ -133,16 +133,24 @@ def test_huge_logits_stay_finite(implementation):
     assert all(np.all(np.isfinite(g)) for g in gradients)
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bf16_in_f32_out(implementation):
-    """Red when: the product or the softmax runs in bf16 (the loss then has 2 digits)."""
+def test_bf16_in_f32_out(implementation, z_loss):
+    """Red when: the product or the softmax runs in bf16 (the loss then has 2 digits), or the two
+    forms of the gradient have different dtypes."""
     args = inputs(jnp.bfloat16)
-    values, gradients = float64(*(a.astype(jnp.float32) for a in args[:2]), *args[2:], 0.0, VALID)
-    f = call(implementation)
+    wide = (a.astype(jnp.float32) for a in args[:2])
+    values, gradients = float64(*wide, *args[2:], z_loss, VALID)
+    f = call(implementation, z_loss)
     out = f(*args)
     assert out.loss.dtype == out.nll_BT.dtype == jnp.float32
     np.testing.assert_allclose(out.loss, values[0], **F32)
-    got = jax.grad(lambda x, w: f(x, w, *args[2:]).loss, (0, 1))(*args[:2])
+
+    def total(x, w):
+        out = f(x, w, *args[2:])
+        return out.loss + out.z_loss
+
+    got = jax.grad(total, (0, 1))(*args[:2])
     for a, b in zip(got, gradients):
         assert a.dtype == jnp.bfloat16
         assert np.linalg.norm(a.astype(np.float32) - b) / np.linalg.norm(b) < BF16

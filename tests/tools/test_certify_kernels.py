@@ -13,6 +13,7 @@ sys.path.insert(0, str(TOOLS))
 
 import certify_kernels as certify  # noqa: E402
 from lemur_kernels.attention import shapes  # noqa: E402
+from lemur_kernels.attention.tilings import Tiling  # noqa: E402
 from tpu_compiler.cases import Case  # noqa: E402
 
 HERE = str(Path(__file__).resolve().parent)
@@ -23,43 +24,44 @@ def _group(*lengths: int) -> list[Case]:
 
 
 def _attempts(limit_of: dict[int, int], accept: int) -> tuple[dict, list]:
-    """Attempts on made-up results: h heads a step cost 100 / h, h x seq has a limit of memory."""
+    """Attempts on made-up results: (block, heads) cost 100 / heads for one document and block for
+    packed rows; more than limit_of[seq] heads have no room."""
     asked = []
 
     def ask(case, blocks):
-        asked.append((case.seq, blocks["heads"]))
+        asked.append((case.seq, blocks["block"], blocks["heads"]))
         if blocks["heads"] > limit_of[case.seq]:
             return {"ok": False, "why": "refused", "error": "vmem"}
-        return {"ok": True, "cycles": 100 // blocks["heads"], "outside_cycles": 1}
+        packed = {"cycles": blocks["block"]}
+        cycles = 100 // blocks["heads"]
+        return {"ok": True, "cycles": cycles, "outside_cycles": 1, "variants": {"packed": packed}}
 
-    candidates = [{"heads": heads} for heads in (8, 2, 4, 1)]
+    candidates = [{"block": block, "heads": h} for block in (30, 20, 10) for h in (8, 4, 2)]
     found = certify.certify_group(_group(*limit_of), lambda case: candidates, ask, accept)
     return {case.seq: tried for case, tried in found}, asked
 
 
-def _best(tried: list) -> dict | None:
-    accepted = [(certify.total(r), b["heads"]) for b, r in tried if r["ok"]]
-    return min(accepted)[1] if accepted else None
+def _best(tried: list) -> tuple | None:
+    accepted = [(certify.total(r), b["block"], b["heads"]) for b, r in tried if r["ok"]]
+    return min(accepted)[1:] if accepted else None
 
 
 def test_lengths_try_the_candidates_of_the_reference_best_first():
-    """Red if certify_group ranks by the candidates' order, or drops those without room."""
+    """Red if certify_group ranks by the candidates' order, or total leaves out packed rows (30, 4
+    would win), or what had no room is dropped."""
     found, asked = _attempts({512: 8, 2048: 4, 4096: 4, 8192: 2, 32768: 0}, accept=2)
     assert {seq: _best(tried) for seq, tried in found.items()} == {
-        512: 8,  # more room than the reference
-        2048: 4,
-        4096: 4,
-        8192: 2,
+        512: (30, 8),  # more room than the reference: its own first one as well
+        2048: (20, 4),
+        4096: (20, 4),
+        8192: (30, 2),  # 20, 4 and 30, 4 have no room; then in their order
         32768: None,
     }
-    tried = {n: [heads for seq, heads in asked if seq == n] for n in found}
-    assert tried == {
-        4096: [8, 2, 4],  # two accepted, 4 and 2 in this order
-        512: [4, 8],
-        2048: [4, 8, 2],
-        8192: [4, 2],
-        32768: [4, 2, 8, 1],
-    }
+    tried = {n: [(b, h) for seq, b, h in asked if seq == n] for n in found}
+    assert tried[4096] == [(30, 8), (30, 4), (20, 8), (20, 4)]  # two block sizes accepted
+    assert tried[512] == [(20, 4), (30, 8)]
+    assert tried[8192] == [(20, 4), (30, 4), (30, 8), (30, 2)]
+    assert len(tried[32768]) == 9
 
 
 def test_a_journal_cut_off_by_a_kill_is_read(tmp_path):
@@ -118,3 +120,25 @@ def test_the_whole_matrix():
     assert len(matrix) == 5 * 5 * 3 * 2 * 2 and all(len(group) == 7 for group in matrix)
     assert {c.chip for g in matrix for c in g} == {"v4", "v5e", "v5p", "v6e", "v7x"}
     assert matrix[0][0].head_dim == 128 and matrix[0][0].dtype == "bfloat16"
+
+
+def test_the_shipped_table_is_one_that_the_kernels_take():
+    """Red if certified.csv has a column that Tiling lacks, or a program larger than the chip."""
+    table = shapes.certificates()
+    assert table
+    for c in table:
+        assert Tiling(**c.blocks).block % 128 == 0, c
+        assert c.vmem_kib * 1024 <= certify.CHIPS[c.shape.chip].vmem_bytes, c
+        assert 0 < c.kcycles["segments"] <= 1.6 * c.kcycles["causal"], c
+    assert len({c.shape for c in table}) == len(table)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: no TPU compiler (pip install libtpu==0.0.42.1)",
+)
+def test_lines_of_the_shipped_table_compile_to_what_they_say(monkeypatch, capsys):
+    """Red if the kernels changed and certified.csv did not: run tools/certify_kernels.py."""
+    monkeypatch.setattr(sys, "argv", ["certify_kernels.py", "--check", "3"])
+    assert certify.main() == 0, capsys.readouterr().out

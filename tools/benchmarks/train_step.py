@@ -86,7 +86,12 @@ def ours(model: ModelConfig, ids: np.ndarray):
     """A closure that runs one step and waits for it."""
     config = OptimizerConfig(peak_learning_rate=1e-4, clip_norm=0.0)
     transform = optimizer(config)
-    step = make_step(transform, schedule(config, 1000), config, LossConfig(chunk_tokens=512))
+    step = make_step(
+        transform,
+        schedule(config, 1000),
+        config,
+        LossConfig(chunk_tokens=512, implementation="chunked"),
+    )
     step = jax.jit(step, donate_argnums=0)
     mesh = sharding.make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     rows, length = ids.shape[0], ids.shape[1] - 1

@@ -61,6 +61,7 @@ class Built:
     Attributes:
       fn: called as fn(*args) under jax.jit, for one device.
       args: (shape, dtype) pairs or pytrees of jax.ShapeDtypeStruct.
+      trips: of a loop around kernels whose trip count the compiler does not state.
       counts: {kernel name: {region: times}}; see cost.attribute. A kernel name is what
         `pl.pallas_call(name=...)` gave, without the ".1" that XLA appends.
     """
@@ -69,6 +70,7 @@ class Built:
     args: Sequence
     counts: dict[str, dict[str, float]]
     compiler_options: dict | None = None
+    trips: int | None = None
 
 
 def segment_ids(case: Case):

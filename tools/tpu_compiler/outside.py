@@ -47,20 +47,25 @@ class Cost(NamedTuple):
         return max(self.bytes / chip.hbm_bytes_per_s * chip.clock_hz, self.product_cycles)
 
 
-def outside(hlo: str, chip: Chip) -> dict[str, float]:
+def outside(hlo: str, chip: Chip, trips: int | None = None) -> dict[str, float]:
     """{operation: cycles of one TensorCore} of the scheduled program, Pallas calls left out.
 
+    Args:
+      trips: of a loop whose trip count the compiler does not state.
+
     Raises:
-      ValueError: a loop whose trip count the compiler does not state.
+      ValueError: there is such a loop, and trips is None.
     """
     bodies, entry = {}, None
     for match in _HEAD.finditer(hlo):
         bodies[match[2]] = hlo[match.end() : hlo.index("\n}\n", match.end())]
         entry = match[2] if match[1] else entry
-    return _computation(bodies, entry, chip)
+    return _computation(bodies, entry, chip, trips)
 
 
-def _computation(bodies: dict[str, str], name: str, chip: Chip) -> dict[str, float]:
+def _computation(
+    bodies: dict[str, str], name: str, chip: Chip, trips: int | None
+) -> dict[str, float]:
     shapes: dict[str, str] = {}
     found: dict[str, float] = {}
     for line in re.split(r"\n(?=  )", bodies[name]):
@@ -72,12 +77,12 @@ def _computation(bodies: dict[str, str], name: str, chip: Chip) -> dict[str, flo
         target = re.search(r'custom_call_target="(\w+)"', line)
         if op in _FREE or (target and target[1] in _FREE_CALLS):
             continue
-        inner = [sum(_computation(bodies, c, chip).values()) for c in _called(op, rest)]
+        inner = [sum(_computation(bodies, c, chip, trips).values()) for c in _called(op, rest)]
         if op == "while":
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-            if not trips:
+            stated = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            if not stated and trips is None:
                 raise ValueError(f"%{name} outside the kernels loops an unknown number of times")
-            found[name] = int(trips[1]) * sum(inner)
+            found[name] = (int(stated[1]) if stated else trips) * sum(inner)
         elif inner:
             found[name] = max(inner)
         else:

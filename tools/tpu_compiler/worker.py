@@ -69,7 +69,7 @@ def measure(
             name: attributed(build(case_of(dataclasses.asdict(case) | fields)).counts)
             for name, fields in (variants or {}).items()
         }
-        elsewhere = outside.outside(compiled.hlo, chip)
+        elsewhere = outside.outside(compiled.hlo, chip, built.trips)
     except ValueError as error:
         return {"ok": False, "why": "unread", "error": str(error)}
     cycles = sum(kernel.cycles for kernel in kernels)

@@ -101,8 +101,10 @@ def proposals(
             vmem = (c.vmem or 16) * MIB
             per_key = n * head_dim * (8 + 2 * (itemsize if split == 1 else 4))
             unrolled = 2 if backward else 4
-            room = int(vmem * (0.4 if c.vmem is None else 0.5)) // per_key // block * block
-            span = max(block, min(room, -(-seq // block) * block))
+            room = vmem // 2 // per_key // block * block
+            blocks_of_keys, fit = -(-seq // block), max(1, room // block)
+            spans = -(-blocks_of_keys // fit)
+            span = -(-blocks_of_keys // spans) * block
             arrays = (5 if backward else 2) * at_once + 3 * n  # q, out and their like, twice
             sums = at_once + (n * span // block * 2 if backward else 0)
             used = block * head_dim * (2 * arrays * itemsize + 4 * sums)

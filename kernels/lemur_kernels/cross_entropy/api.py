@@ -6,10 +6,12 @@ Axis key: B batch, T length, E embed, V vocab.
 import jax
 import jax.numpy as jnp
 
-from lemur_kernels.cross_entropy.chunked import chunked
+from lemur_kernels.cross_entropy import shards
+from lemur_kernels.cross_entropy.chunked import Chunked
+from lemur_kernels.cross_entropy.forward_gradient import Setting, losses
 from lemur_kernels.cross_entropy.reference import CrossEntropy, reference
 
-IMPLEMENTATIONS = ("reference", "chunked")
+IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 
 
 def cross_entropy(
@@ -21,7 +23,10 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int,
     valid_vocab: int | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str,
+    chip: str | None = None,
+    interpret=False,
 ) -> CrossEntropy:
     """Projection to the vocabulary and weighted cross-entropy, f32 from the logits on.
 
@@ -32,19 +37,27 @@ def cross_entropy(
         must be legal too.
       weights_BT: weight of each token's loss; constants: no gradient flows to them.
       z_loss: coefficient of log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
-      chunk_tokens: tokens of each row whose logits exist at a time ("chunked").
-      valid_vocab: columns from here on are padding and get probability 0; V when None.
-      implementation: "reference" (whole logits) or "chunked" (logits of B * chunk_tokens
-        tokens; under differentiation the forward pass computes the gradients too).
+      chunk_tokens: tokens of each row whose logits ("chunked") or bf16 probabilities
+        ("pallas_tpu", only under differentiation) exist at a time in HBM.
+      valid_vocab: columns from here on are padding and get probability 0; all exist when None.
+      axis_name: inside shard_map, the mesh axis that splits w's columns in order: w_EV is this
+        device's part, everything else is the same on all of its devices, and ids and valid_vocab
+        count columns of the whole. Each device returns the whole loss; its gradient by w is that
+        of its part, by x (a sum over the devices) what JAX makes of a replicated argument.
+      implementation: "reference" (whole logits), "chunked" (logits of B * chunk_tokens tokens, in
+        XLA) or "pallas_tpu" (f32 logits in VMEM only). Under differentiation the forward pass of
+        the last two computes the gradients too.
+      chip: "pallas_tpu" only: which chip's blocks, of blocks.CHIPS; the default device's when None.
+      interpret: "pallas_tpu" only: pallas_call's argument of that name, to run on a CPU.
 
     Returns:
       CrossEntropy(loss, z_loss, nll_BT); sums, not means. Differentiable once with respect to
       x and w.
 
     Raises:
-      ValueError: unknown implementation, shapes, dtypes or numbers that do not fit.
+      ValueError: unknown implementation, shapes, dtypes or numbers that do not fit; no TPU.
     """
-    V = w_EV.shape[-1]
+    V = w_EV.shape[-1] * shards.count(axis_name)
     valid_vocab = V if valid_vocab is None else valid_vocab
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; legal: {IMPLEMENTATIONS}")
@@ -67,8 +80,20 @@ def cross_entropy(
         raise ValueError(f"valid_vocab={valid_vocab} must be in 1..{V} (the columns of w)")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
-    if implementation == "chunked":
-        return chunked(
-            x_BTE, w_EV, targets_BT, weights_BT, float(z_loss), chunk_tokens, valid_vocab
+    if implementation != "pallas_tpu" and (chip is not None or interpret):
+        raise ValueError(
+            f"chip={chip!r} and interpret={interpret!r} are for implementation='pallas_tpu', not "
+            f"{implementation!r}: remove them"
         )
-    return reference(x_BTE, w_EV, targets_BT, weights_BT, float(z_loss), valid_vocab)
+    arrays = (x_BTE, w_EV, targets_BT, weights_BT)
+    if implementation == "reference":
+        return reference(*arrays, float(z_loss), valid_vocab, axis_name)
+    setting = Setting(float(z_loss), chunk_tokens, valid_vocab, axis_name)
+    if implementation == "chunked":
+        return losses(Chunked(), *arrays, setting)
+    # Imported only when named: Pallas is slow to import.
+    from lemur_kernels.cross_entropy.blocks import chip_of
+    from lemur_kernels.cross_entropy.pallas_tpu import PallasTpu
+
+    chip = chip_of(jax.devices()[0]) if chip is None else chip
+    return losses(PallasTpu(chip, interpret), *arrays, setting)

@@ -1,0 +1,77 @@
+"""What a page of the KV cache looks like in memory.
+
+A page holds the keys and values of Z consecutive tokens of one row, for all K kv heads of this
+device, in one contiguous piece [K, Z, C]: one copy fetches it. Keys and values share the lanes
+(the last axis, C): TPU memory stores it in units of 128, so two arrays of head_dim 64 would be
+half empty. Values begin at lane `value_lane(D)`:
+
+    head_dim     C     keys      values     of C used
+    64           128   0..63     64..127    100 %      (smaller ones likewise, padded)
+    80           256   0..79     128..207   63 %
+    96           256   0..95     128..223   75 %
+    128          256   0..127    128..255   100 %
+    256          512   0..255    256..511   100 %
+
+Unused lanes must hold finite numbers; `join` writes zeros.
+
+Axis key: P pages, K kv heads, Z tokens in a page, C lanes, D head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+MAX_HEAD_DIM = 256
+MIN_PAGE, MAX_PAGE = 16, 256
+
+
+def value_lane(head_dim: int) -> int:
+    """First lane of the values; also the width of the keys' part."""
+    return LANES // 2 if head_dim <= LANES // 2 else -(-head_dim // LANES) * LANES
+
+
+def page_shape(kv_heads: int, page_tokens: int, head_dim: int) -> tuple[int, int, int]:
+    """Shape (K, Z, C) of one page; a cache is [P, K, Z, C], f32, bf16 or int8.
+
+    Under tensor parallelism shard K and pass the heads of one device to decode_attention.
+
+    Raises:
+      ValueError: a head_dim or page size that no implementation supports.
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim} must be in 1..{MAX_HEAD_DIM}")
+    if not MIN_PAGE <= page_tokens <= MAX_PAGE or page_tokens & (page_tokens - 1):
+        sizes = [MIN_PAGE << i for i in range(5)]
+        nearest = min(sizes, key=lambda size: abs(size - page_tokens))
+        raise ValueError(f"page_tokens={page_tokens} must be one of {sizes}; nearest: {nearest}")
+    if kv_heads < 1:
+        raise ValueError(f"kv_heads={kv_heads} must be at least 1")
+    return kv_heads, page_tokens, 2 * value_lane(head_dim)
+
+
+def join(k_D: jax.Array, v_D: jax.Array) -> jax.Array:
+    """Keys and values [..., D] side by side as the cache stores them, [..., C]."""
+    width = value_lane(k_D.shape[-1])
+    pad = [(0, 0)] * (k_D.ndim - 1) + [(0, width - k_D.shape[-1])]
+    return jnp.concatenate([jnp.pad(k_D, pad), jnp.pad(v_D, pad)], -1)
+
+
+def split(kv_C: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """The inverse of `join`: keys [..., D] and values [..., D]."""
+    first = value_lane(head_dim)
+    return kv_C[..., :head_dim], kv_C[..., first : first + head_dim]
+
+
+def quantize(kv_PKZC: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Whole pages to int8 with one f32 scale per page, head and part (keys, values).
+
+    Returns (kv_pages_PKZC int8, k_scales_PK, v_scales_PK); value = int8 * scale, the largest
+    magnitude of a part becomes 127. A part of zeros gets scale 0.
+    """
+    scales_PK, parts = [], []
+    for part_PKZD in split(kv_PKZC.astype(jnp.float32), head_dim):
+        scale_PK = jnp.abs(part_PKZD).max((-1, -2)) / 127
+        divisor_PK11 = jnp.where(scale_PK == 0, 1, scale_PK)[..., None, None]
+        parts.append(jnp.round(part_PKZD / divisor_PK11).astype(jnp.int8))
+        scales_PK.append(scale_PK)
+    return join(*parts), scales_PK[0], scales_PK[1]
