@@ -62,7 +62,7 @@ def _raise_if(problems: list[str]) -> None:
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 REMAT_POLICIES = ("none", "full", "dots", "named", "offload")
-ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn", "pallas_tpu")
+ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 SEQUENCE_ATTENTION = ("gather", "ring")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 

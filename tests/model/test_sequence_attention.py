@@ -115,7 +115,9 @@ def test_what_auto_means(backend, dtype, kernel):
     assert resolve_implementation(config, backend) == kernel
 
 
-@pytest.mark.parametrize(("kernel", "backend"), [("cudnn", "tpu"), ("pallas_tpu", "cpu")])
+@pytest.mark.parametrize(
+    ("kernel", "backend"), [("cudnn", "tpu"), ("pallas_gpu", "tpu"), ("pallas_tpu", "cpu")]
+)
 def test_a_kernel_that_the_backend_lacks_is_an_error(kernel, backend):
     """Red if a named kernel were replaced in silence."""
     config = dataclasses.replace(CONFIG, attention=kernel)

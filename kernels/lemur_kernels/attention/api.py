@@ -25,7 +25,7 @@ from lemur_kernels.attention import chunked, cudnn, reference
 from lemur_kernels.attention.mask import Options, Rows
 from lemur_kernels.varying import varying_alike
 
-IMPLEMENTATIONS = ("reference", "chunked", "cudnn", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 # What the backward pass reads besides q, k and v. A jax.checkpoint policy that saves both names
 # spares the recomputation of the forward kernel; one alone spares nothing.
 SAVED_NAMES = ("attention_kernel_out", "attention_kernel_lse")
@@ -67,7 +67,8 @@ def attention(
       soft_cap: scaled scores become soft_cap * tanh(score / soft_cap) (Gemma 2, arXiv:2408.00118);
         None leaves them.
       implementation: "reference" (the definition, memory O(T S)), "chunked" (plain XLA, memory
-        O(T + S) in both passes), "cudnn" (NVIDIA GPUs, 16-bit, no soft_cap) or "pallas_tpu".
+        O(T + S) in both passes), "cudnn" (NVIDIA GPUs, 16-bit, no soft_cap), "pallas_gpu" (NVIDIA
+        GPUs, skips blocks by segment) or "pallas_tpu".
 
     Returns:
       out_BTHD in q's dtype. Differentiable once with respect to q, k and v.
@@ -159,6 +160,10 @@ def implementation_named(name: str) -> ModuleType:
         from lemur_kernels.attention import pallas_tpu
 
         return pallas_tpu
+    if name == "pallas_gpu":
+        from lemur_kernels.attention import pallas_gpu
+
+        return pallas_gpu
     modules = {"reference": reference, "chunked": chunked, "cudnn": cudnn}
     if name not in modules:
         raise ValueError(f"implementation={name!r} is unknown; legal: {IMPLEMENTATIONS}")
