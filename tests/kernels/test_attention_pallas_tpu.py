@@ -245,11 +245,6 @@ def test_documents_are_isolated_exactly():
     check_isolation(0.5)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a block runs again as a whole: a safe document that shares it with an unsafe one is "
-    "summed in another order, so its bits depend on its neighbour",
-)
 def test_documents_are_isolated_exactly_where_one_is_unsafe():
     """Red when: a query that was safe takes the repeat's result with its block's unsafe ones."""
     check_isolation(30.0)

@@ -328,8 +328,9 @@ def test_static_tiles_cover_block_and_triangle(strip, trapezoid):
         for t in tpu_forward.static_tiles(tiling, diagonal):
             times[t.q : t.q + t.queries, t.k : t.k + t.keys] += 1
             if t.writes:
-                assert not written[t.q], "writes over what was added"
-            written[t.q : t.q + t.queries] += 1
+                assert not written[t.q : t.q + t.queries].any(), "writes over what was added"
+                written[t.q : t.q + t.queries] = 1
+            assert written[t.q : t.q + t.queries].all() == diagonal, "adds before it writes"
             assert not t.diagonal or (t.keys >= t.queries and t.k + t.keys == t.q + t.queries)
         assert times.max() == 1
         assert written.all() == diagonal and written.any() == diagonal
