@@ -19,6 +19,7 @@ from lemur_kernels.attention import steps as st
 from lemur_kernels.attention.mask import Options, Rows
 from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import LOG2_E
+from lemur_kernels.target import target_device
 
 
 def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, *, tiling=None, interpret=False):
@@ -167,9 +168,8 @@ def certified_tiling(q_BTHD, k_BSKD, direction: str) -> Tiling:
     Raises:
       ValueError: not a TPU, or a shape outside certified.csv; names the nearest one inside.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     shape = shapes.Shape(
-        chip=shapes.chip_of(device.device_kind),
+        chip=shapes.chip_of(target_device().device_kind),
         direction=direction,
         dtype=q_BTHD.dtype.name,
         head_dim=q_BTHD.shape[3],

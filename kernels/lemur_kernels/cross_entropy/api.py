@@ -10,6 +10,7 @@ from lemur_kernels.cross_entropy import shards
 from lemur_kernels.cross_entropy.chunked import Chunked
 from lemur_kernels.cross_entropy.forward_gradient import Setting, losses
 from lemur_kernels.cross_entropy.reference import CrossEntropy, reference
+from lemur_kernels.target import target_device
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 
@@ -95,5 +96,5 @@ def cross_entropy(
     from lemur_kernels.cross_entropy.blocks import chip_of
     from lemur_kernels.cross_entropy.pallas_tpu import PallasTpu
 
-    chip = chip_of(jax.devices()[0]) if chip is None else chip
+    chip = chip_of(target_device()) if chip is None else chip
     return losses(PallasTpu(chip, interpret), *arrays, setting)
