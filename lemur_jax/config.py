@@ -61,7 +61,9 @@ def _raise_if(problems: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-REMAT_POLICIES = ("none", "full", "dots", "named", "offload")
+REMAT_POLICIES = ("none", "full", "dots", "named")
+# A layer's activations that remat="named" may keep, in the order of the computation.
+ACTIVATION_NAMES = ("layer_input", "qkv", "attention", "mlp_residual", "gate", "up")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 SEQUENCE_ATTENTION = ("gather", "ring")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -119,7 +121,15 @@ class RopeConfig:
 
 # Fields of ModelConfig that say how to compute, not what the model is: a checkpoint does not bind
 # them.
-COMPUTATION_FIELDS = ("dtype", "remat", "scan_unroll", "attention", "sequence_attention")
+COMPUTATION_FIELDS = (
+    "dtype",
+    "remat",
+    "remat_saved",
+    "remat_offloaded",
+    "scan_unroll",
+    "attention",
+    "sequence_attention",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +151,11 @@ class ModelConfig:
       dtype: of activations and of weights as they enter a matrix product. Master weights, softmax,
         norms and the loss are float32.
       param_dtype: of the master weights.
-      remat: what the backward pass recomputes: REMAT_POLICIES.
+      remat: what the backward pass recomputes: REMAT_POLICIES. "full" keeps a layer's input alone,
+        "dots" also all results of weight products, "named" the two lists below.
+      remat_saved: ACTIVATION_NAMES that stay in device memory, for remat="named".
+      remat_offloaded: ACTIVATION_NAMES that wait in host memory, for remat="named"; with
+        "layer_input" the device keeps nothing of a layer but what remat_saved names.
       scan_unroll: layers in one iteration of the scan over layers. More than 1 compiles longer and
         runs a small model faster (on CPU).
       attention: ATTENTION_IMPLEMENTATIONS; "auto" is resolved once, before tracing, and printed.
@@ -169,6 +183,8 @@ class ModelConfig:
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     remat: str = "none"
+    remat_saved: tuple[str, ...] = ()
+    remat_offloaded: tuple[str, ...] = ()
     scan_unroll: int = 1
     attention: str = "auto"
     sequence_attention: str = "gather"
@@ -199,10 +215,39 @@ class ModelConfig:
         problems += _one_of(self, "activation", ACTIVATIONS)
         problems += _one_of(self, "dtype", DTYPES)
         problems += _one_of(self, "param_dtype", DTYPES)
-        problems += _one_of(self, "remat", REMAT_POLICIES)
+        problems += _one_of(self, "remat", REMAT_POLICIES) + self._named_activations()
         problems += _one_of(self, "attention", ATTENTION_IMPLEMENTATIONS)
         problems += _one_of(self, "sequence_attention", SEQUENCE_ATTENTION)
         _raise_if(problems)
+
+
+    def _named_activations(self) -> list[str]:
+        problems = []
+        for field in ("remat_saved", "remat_offloaded"):
+            names = getattr(self, field)
+            if names and self.remat != "named":
+                problems.append(
+                    f"ModelConfig.{field}={names!r} is only used by remat='named', not "
+                    f"{self.remat!r}: set remat='named' or remove it"
+                )
+            problems += [
+                f"ModelConfig.{field} has {name!r}, which is unknown; legal: "
+                f"{', '.join(ACTIVATION_NAMES)}"
+                for name in names
+                if name not in ACTIVATION_NAMES
+            ]
+        both = sorted(set(self.remat_saved) & set(self.remat_offloaded))
+        if both:
+            problems.append(
+                f"ModelConfig.remat_saved and remat_offloaded both have {', '.join(both)}: an "
+                "activation is kept in one place"
+            )
+        if self.remat == "named" and not self.remat_saved + self.remat_offloaded:
+            problems.append(
+                "ModelConfig.remat='named' keeps nothing: fill remat_saved or remat_offloaded, "
+                f"from {', '.join(ACTIVATION_NAMES)}, or use remat='full'"
+            )
+        return problems
 
 
 # ---------------------------------------------------------------------------------------------
@@ -217,6 +262,8 @@ class MeshConfig:
     Attributes:
       data: replicas of the parameters; splits the batch.
       fsdp: shards parameters and optimizer state; splits the batch.
+      fsdp_outer: more of the same, as a mesh axis of its own: with explicit gradients (see
+        TrainConfig) they are reduced over one axis after the other.
       sequence: splits the tokens of a row.
       tensor: splits heads, mlp and vocabulary.
       dcn_data: slices connected by the data-centre network, the slowest part of the data axis.
@@ -224,6 +271,7 @@ class MeshConfig:
 
     data: int = 1
     fsdp: int = -1
+    fsdp_outer: int = 1
     sequence: int = 1
     tensor: int = 1
     dcn_data: int = 1
@@ -394,6 +442,9 @@ class TrainConfig:
       run_dir: everything the run writes: config.gin, checkpoints/, events, metrics.jsonl, plots.
       steps: optimizer steps in all.
       micro_batches: M; each step sums the gradients of M equal parts of the global batch.
+      explicit_gradients: writes the gathers of weights and the reduce-scatters of their gradients
+        out instead of leaving them to the compiler. The same numbers; on a pod of TPUs half the
+        bytes of gradients (docs/plan.md). Needs MeshConfig.tensor = 1.
       init_from: a run, checkpoint or Hugging Face directory to take the parameters from when the
         run has no checkpoint of its own; None starts from random weights.
       seed: of the parameter initialisation.
@@ -410,6 +461,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     micro_batches: int = 1
+    explicit_gradients: bool = False
     init_from: str | None = None
     seed: int = 0
     steps_per_log: int = 10
@@ -428,6 +480,11 @@ class TrainConfig:
                 f"DataConfig.sequence_length={self.data.sequence_length} is longer than "
                 f"ModelConfig.max_positions={self.model.max_positions}: shorten the rows or "
                 "extend the model (RopeConfig.kind)"
+            )
+        if self.explicit_gradients and self.mesh.tensor != 1:
+            problems.append(
+                f"TrainConfig.explicit_gradients needs MeshConfig.tensor=1, not "
+                f"{self.mesh.tensor}: turn one of them off"
             )
         if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(

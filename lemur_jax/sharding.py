@@ -5,6 +5,7 @@ where they lie. A logical axis that is not in the table is an error: a renamed w
 replicated in silence.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +17,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lemur_jax.config import ConfigError, MeshConfig, ModelConfig
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp_outer", "fsdp", "sequence", "tensor")
+FSDP = ("fsdp_outer", "fsdp")
 
 # Logical axis -> mesh axis (or axes). None is replicated, on purpose.
 TABLE: dict[str, str | tuple[str, ...] | None] = {
     # weights
     "layers": None,
     "norm": None,  # RMSNorm scales: E numbers, not worth a gather
-    "embed": "fsdp",
+    "embed": FSDP,
     "heads": "tensor",
     "kv_heads": "tensor",  # replicated when there are fewer kv heads than the axis is wide
     "head_dim": None,
@@ -33,10 +35,10 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     # or looked up while its columns lie on the axis that splits the batch, XLA falls back to a
     # full rematerialisation; so its columns are gathered over fsdp first, as any weight's are.
     "table_vocab": None,
-    "table_embed": ("fsdp", "tensor"),
+    "table_embed": (*FSDP, "tensor"),
     "lookup_embed": "tensor",
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", *FSDP),
     "length": "sequence",
     "act_embed": None,
     "act_heads": "tensor",
@@ -46,7 +48,7 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Lays the devices out as a mesh (data, fsdp, sequence, tensor), `dcn_data` slices outermost.
+    """Lays the devices out as a mesh of MESH_AXES, `dcn_data` slices outermost.
 
     Args:
       config: sizes; at most one is -1 and takes what the others leave.
@@ -57,11 +59,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = list(jax.devices()) if devices is None else devices
     sizes = resolve_mesh(config, len(devices))
-    inner = (sizes.data, sizes.fsdp, sizes.sequence, sizes.tensor)
+    inner = tuple(getattr(sizes, axis) for axis in MESH_AXES)
     if sizes.dcn_data > 1:
         by_process = not hasattr(devices[0], "slice_index")  # hosts stand in for slices off-TPU
         grid = mesh_utils.create_hybrid_device_mesh(
-            inner, (sizes.dcn_data, 1, 1, 1), devices=devices, process_is_granule=by_process
+            inner, (sizes.dcn_data, 1, 1, 1, 1), devices=devices, process_is_granule=by_process
         )
     else:
         grid = mesh_utils.create_device_mesh(inner, devices=devices)
@@ -72,7 +74,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
     """Replaces the size -1 by what the other sizes leave of `device_count`."""
     sizes = {
-        name: getattr(config, name) for name in ("data", "fsdp", "sequence", "tensor", "dcn_data")
+        name: getattr(config, name) for name in (*MESH_AXES, "dcn_data")
     }
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
@@ -146,11 +148,19 @@ def sharding(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation to the table inside jit. Without a mesh (jax.set_mesh) it does nothing."""
+    """Pins an activation to the table inside jit. Without a mesh (jax.set_mesh), and where arrays
+    are a device's own already (`per_device`), it does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    if _is_local(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes, mesh, x.shape))
+
+
+def _is_local(mesh: Any) -> bool:
+    """Whether arrays are what one device holds: one device, or inside `per_device`."""
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return True
+    return all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
 def axis_size(logical: str) -> int:
@@ -168,7 +178,8 @@ def mesh_axis(logical: str) -> str:
 
 
 def per_device(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
-    """Runs `fn` on each device's block: the only shard_map. Kernels never see a mesh.
+    """Runs `fn` on each device's block: the only shard_map. Kernels never see a mesh. Inside
+    another `per_device` it is `fn` itself.
 
     Args:
       fn: takes and returns local blocks. It may communicate along `mesh_axis` of an axis that
@@ -177,17 +188,69 @@ def per_device(fn: Callable, in_axes: tuple, out_axes: tuple) -> Callable:
       out_axes: logical axes of the single result.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    if _is_local(mesh):
         return fn
 
     def run(*args):
         in_specs = tuple(spec(axes, mesh, arg.shape) for axes, arg in zip(in_axes, args))
-        # check_vma: custom_vjp kernels carry no varying-axes annotations.
-        return jax.shard_map(
-            fn, in_specs=in_specs, out_specs=spec(out_axes, mesh), check_vma=False
-        )(*args)
+        return per_device_specs(fn, in_specs, spec(out_axes, mesh))(*args)
 
     return run
+
+
+def per_device_specs(fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """`per_device` of trees of arrays, by their PartitionSpecs."""
+    # check_vma: custom_vjp kernels carry no varying-axes annotations.
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A weight as its layer multiplies with it. Inside `per_device`, where `w` is the device's
+    part, it is gathered over the fsdp axes, and its gradient reduce-scattered over one of them
+    after the other: the TPU compiler makes a reduction over one group of all chips an all-reduce
+    of twice the bytes. Elsewhere the compiler gathers, and this does nothing.
+
+    Args:
+      w: in the dtype that is sent.
+      axes: logical axes of the weight.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not _is_local(mesh):
+        return w
+    for dim, logical in enumerate(axes):
+        names = () if logical is None else _mesh_axes(logical, dict(mesh.shape), None)
+        names = tuple(name for name in names if name in FSDP and mesh.shape[name] > 1)
+        if names:
+            w = _all_gather(w, dim, names)
+    return w
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_gather(w, dim: int, names: tuple[str, ...]):
+    return jax.lax.all_gather(w, names, axis=dim, tiled=True)
+
+
+def _all_gather_forward(w, dim, names):
+    return _all_gather(w, dim, names), None
+
+
+def _all_gather_backward(dim, names, _, dw):
+    for name in names:  # the slowest axis first, as the parts lie: else XLA makes an all-reduce
+        dw = jax.lax.psum_scatter(dw, name, scatter_dimension=dim, tiled=True)
+    return (dw,)
+
+
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
+
+
+def sum_over_batch(x: jax.Array, done: PartitionSpec) -> jax.Array:
+    """Inside `per_device`: sums over the mesh axes that split the batch's tokens, but for those
+    that `done` names, over which `x` is split itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = {name for entry in done for name in (entry if isinstance(entry, tuple) else (entry,))}
+    names = [*TABLE["batch"], TABLE["length"]]
+    names = tuple(name for name in names if mesh.shape[name] > 1 and name not in split)
+    return jax.lax.psum(x, names) if names else x
 
 
 def place(local: np.ndarray, first_row: int, rows: int, mesh: Mesh) -> jax.Array:
@@ -246,7 +309,10 @@ def check(
 
     divides("ModelConfig.heads", model.heads, "MeshConfig.tensor", mesh.tensor)
     divides("ModelConfig.mlp", model.mlp, "MeshConfig.tensor", mesh.tensor)
-    divides("ModelConfig.embed", model.embed, "MeshConfig.fsdp*tensor", mesh.fsdp * mesh.tensor)
+    fsdp = mesh.fsdp_outer * mesh.fsdp
+    divides(
+        "ModelConfig.embed", model.embed, "MeshConfig.fsdp_outer*fsdp*tensor", fsdp * mesh.tensor
+    )
     padded = padded_vocab(model)
     divides("padded vocabulary", padded, "MeshConfig.tensor", mesh.tensor)
     if model.kv_heads % mesh.tensor and mesh.tensor % model.kv_heads:
@@ -260,12 +326,12 @@ def check(
             f"divide the other; legal tensor: {', '.join(map(str, legal))}"
         )
     if rows is not None:
-        ways = mesh.data * mesh.fsdp * mesh.dcn_data
+        ways = mesh.data * fsdp * mesh.dcn_data
         if rows % ways:
             below, above = rows - rows % ways, rows + ways - rows % ways
             problems.append(
                 f"rows of a micro-batch (DataConfig.batch_size / TrainConfig.micro_batches) = "
-                f"{rows} must divide by MeshConfig data*fsdp*dcn_data={ways}; nearest legal: "
+                f"{rows} must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data={ways}; nearest legal: "
                 f"{', '.join(str(n) for n in (below, above) if n)}"
             )
     if sequence_length is not None:

@@ -29,6 +29,7 @@ def test_free_size_takes_what_is_left():
     assert (sizes.fsdp, sizes.tensor) == (2, 4)
     assert dict(sharding.make_mesh(MeshConfig(fsdp=2, tensor=-1)).shape) == {
         "data": 1,
+        "fsdp_outer": 1,
         "fsdp": 2,
         "sequence": 1,
         "tensor": 4,
@@ -54,7 +55,7 @@ def test_check_names_every_number():
         "kv_heads=2 and MeshConfig.tensor=3: one must divide the other; legal tensor: 1, 2, 4, 8"
         in text
     )
-    assert "= 8 must divide by MeshConfig data*fsdp*dcn_data=5; nearest legal: 5, 10" in text
+    assert "= 8 must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data=5; nearest legal: 5, 10" in text
     assert "sequence_length=64 must divide by MeshConfig.sequence=3" in text
     sharding.check(MODEL, MeshConfig(fsdp=2, tensor=4), rows=8, sequence_length=64)
 
@@ -75,11 +76,12 @@ def test_every_weight_is_sharded_as_the_table_says():
         name: where.spec
         for name, where in param.flatten(param.shardings(decoder.abstract(MODEL), mesh)).items()
     }
-    assert specs["layers/wq"] == P(None, "fsdp", "tensor", None)
-    assert specs["layers/wk"] == P(None, "fsdp", None, None)  # 2 kv heads on 4 devices
-    assert specs["layers/w_down"] == P(None, "tensor", "fsdp")
-    assert specs["table"] == P(None, ("fsdp", "tensor"))
-    assert specs["head"] == P("fsdp", "tensor")
+    fsdp = ("fsdp_outer", "fsdp")
+    assert specs["layers/wq"] == P(None, fsdp, "tensor", None)
+    assert specs["layers/wk"] == P(None, fsdp, None, None)  # 2 kv heads on 4 devices
+    assert specs["layers/w_down"] == P(None, "tensor", fsdp)
+    assert specs["table"] == P(None, (*fsdp, "tensor"))
+    assert specs["head"] == P(fsdp, "tensor")
     assert specs["norm"] == P(None)
 
 
@@ -94,7 +96,7 @@ def test_place_puts_rows_where_they_belong():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, sequence=2))
     rows = np.arange(3 * 8 * 4, dtype=np.int32).reshape(3, 8, 4)
     placed = sharding.place(rows, 0, 8, mesh)
-    assert placed.sharding.spec == P(None, ("data", "fsdp"), "sequence")
+    assert placed.sharding.spec == P(None, ("data", "fsdp_outer", "fsdp"), "sequence")
     assert {shard.data.shape for shard in placed.addressable_shards} == {(3, 2, 2)}
     np.testing.assert_array_equal(jax.device_get(placed), rows)
     assert sharding.local_row_range(8, mesh) == (0, 8)

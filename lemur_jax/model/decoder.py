@@ -12,32 +12,36 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from lemur_kernels.product import einsum_f32
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.model import attention, rope
-from lemur_jax.model.block import SAVED_NAMES, Block, rms_norm
+from lemur_jax.model.block import CHECKPOINT_NAMES, Block, rms_norm
 from lemur_jax.model.cache import KVCache
-from lemur_jax.model.param import weight
+from lemur_jax.model.param import weight, whole
 from lemur_jax.sharding import constrain, padded_vocab
 
 
-def remat(body, policy: str):
+def remat(body, config: ModelConfig):
     """`body` with the activations that the policy names kept and the others recomputed."""
     policies = jax.checkpoint_policies
-    if policy == "none":
+    if config.remat == "none":
         return body
+
+    def names(activations):
+        return [name for a in activations for name in CHECKPOINT_NAMES[a]]
+
     chosen = {
         "full": None,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "named": policies.save_only_these_names(*SAVED_NAMES),
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(SAVED_NAMES),
+        "named": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=names(config.remat_saved),
+            names_which_can_be_offloaded=names(config.remat_offloaded),
             offload_src="device",
             offload_dst="pinned_host",
         ),
-    }[policy]
+    }[config.remat]
     # prevent_cse is for bodies outside a scan; inside one it only blocks fusion.
     return jax.checkpoint(body, policy=chosen, prevent_cse=False)
 
@@ -91,7 +95,7 @@ class Decoder(nnx.Module):
         """Final normed states [B,T,E] and the new cache; arguments as in `__call__`."""
         c = self.config
         tokens_BT = constrain(tokens_BT, "batch", "length")
-        table = constrain(self.table[...].astype(c.dtype), "table_vocab", "lookup_embed")
+        table = constrain(whole(self.table, c.dtype), "table_vocab", "lookup_embed")
         x = constrain(table[tokens_BT], "batch", "length", "lookup_embed")
         x = constrain(x, "batch", "length", "act_embed")
         cos, sin = rope.tables(c.rope, c.head_dim, positions_BT, segment_ids_BT)
@@ -110,11 +114,13 @@ class Decoder(nnx.Module):
 
     def head_EV(self) -> jax.Array:
         """The output projection [E,V] in the compute dtype; the transposed table when tied."""
-        w = self.table[...].T if self.config.tie_embeddings else self.head[...]
-        return w.astype(self.config.dtype)
+        if self.config.tie_embeddings:
+            return whole(self.table, self.config.dtype).T
+        return whole(self.head, self.config.dtype)
 
     def _train(self, x, cos, sin, positions, segment_ids):
         def body(x, block):
+            x = checkpoint_name(x, "layer_input")
             q, k, v = block.qkv(x, cos, sin)
             attended = attention.self_attention(
                 q,
@@ -128,7 +134,7 @@ class Decoder(nnx.Module):
             return block.finish(x, attended), None
 
         if isinstance(self.layers, Block):
-            body = remat(body, self.config.remat)
+            body = remat(body, self.config)
             return jax.lax.scan(body, x, self.layers, unroll=self.config.scan_unroll)[0]
         for block in self.layers:
             x, _ = body(x, block)

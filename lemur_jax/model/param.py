@@ -53,6 +53,11 @@ def axes_of(param: nnx.Param) -> tuple[str | None, ...]:
     return (None,) * len(shape)
 
 
+def whole(param: nnx.Param, dtype: str) -> jax.Array:
+    """A weight in the compute dtype as its layer multiplies with it: cast, then gathered."""
+    return sharding.gathered(param[...].astype(dtype), param.get_metadata()["axes"])
+
+
 def _leaf_sharding(leaf: Any, mesh: Mesh) -> Any:
     if not _is_param(leaf):
         return NamedSharding(mesh, PartitionSpec())

@@ -62,11 +62,12 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
       config: with implementations of attention and loss other than "auto".
       mesh: resolved sizes.
     """
-    sizes = (mesh.data * mesh.dcn_data, mesh.fsdp, mesh.sequence, mesh.tensor)
+    sizes = (mesh.data * mesh.dcn_data, mesh.fsdp_outer, mesh.fsdp, mesh.sequence, mesh.tensor)
     abstract_mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
     state = abstract_state(config.model, optimizer(config.optimizer), abstract_mesh)
     rows, length = config.data.batch_size // config.micro_batches, config.data.sequence_length
-    ways = sizes[0] * sizes[1] * mesh.sequence
+    batch_ways = math.prod(sizes[:3])
+    ways = batch_ways * mesh.sequence
     chunk = min(config.loss.chunk_tokens, length)
     vocab = sharding.padded_vocab(config.model)
     kernel = config.loss.implementation == "pallas_tpu"
@@ -78,7 +79,7 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
         optimizer_bytes=_bytes_per_device(state.opt_state),
         gradient_bytes=_bytes_per_device(state.model),
         activation_bytes=_saved_bytes(config, rows, length) // ways,
-        logits_bytes=logit_bytes * rows * chunk * vocab // (sizes[0] * sizes[1] * mesh.tensor),
+        logits_bytes=logit_bytes * rows * chunk * vocab // (batch_ways * mesh.tensor),
         flops_per_step=config.data.batch_size * length * flops_per_token(config.model, length),
         tokens=config.steps * config.data.batch_size * length,
     )

@@ -124,7 +124,10 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
 
     # ----- step ------------------------------------------------------------------------------
     rate = schedule(config.optimizer, config.steps)
-    step_fn = jax.jit(make_step(transform, rate, config.optimizer, config.loss), donate_argnums=0)
+    step_fn = jax.jit(
+        make_step(transform, rate, config.optimizer, config.loss, config.explicit_gradients),
+        donate_argnums=0,
+    )
 
     @jax.jit
     def eval_fn(model, batch):

@@ -3,15 +3,19 @@
 Dimension key: M micro-batches, R rows of one micro-batch, T length.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
+from lemur_jax import sharding
 from lemur_jax.config import LossConfig, OptimizerConfig
 from lemur_jax.data.pipeline import Batch
+from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder
 from lemur_jax.train.loss import LossSums, loss_sums
 from lemur_jax.train.state import Guard, TrainState
@@ -57,20 +61,45 @@ def gradients(model: Decoder, batch: Batch, config: LossConfig) -> tuple[LossSum
     return jax.lax.scan(add, start, batch)[0]
 
 
+def explicit_gradients(
+    model: Decoder, batch: Batch, config: LossConfig
+) -> tuple[LossSums, Decoder]:
+    """`gradients`, with the collectives of weights written out (`sharding.gathered`) instead of
+    left to the compiler: one per_device around loss and gradient. Needs MeshConfig.tensor=1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if math.prod(mesh.shape.values()) == 1:
+        return gradients(model, batch, config)
+    weights = jax.tree.map(lambda where: where.spec, param.shardings(model, mesh))
+    rows = sharding.spec((None, "batch", "length"), mesh)
+
+    def local(model: Decoder, batch: Batch):
+        sums, grads = gradients(model, batch, config)
+        sums = jax.tree.map(lambda x: sharding.sum_over_batch(x, PartitionSpec()), sums)
+        return sums, jax.tree.map(sharding.sum_over_batch, grads, weights)
+
+    return sharding.per_device_specs(local, (weights, rows), (PartitionSpec(), weights))(
+        model, batch
+    )
+
+
 def make_step(
     transform: optax.GradientTransformation,
     rate: Callable[[jax.Array], jax.Array],
     optimizer: OptimizerConfig,
     loss: LossConfig,
+    explicit: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for one configuration; jit it with the state donated.
+
+    `explicit`: `explicit_gradients` in place of `gradients`.
 
     A step whose loss or gradient is not finite, or whose gradient norm is a spike, leaves model and
     optimizer as they were and says so in the metrics.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        sums, grads = gradients(state.model, batch, loss)
+        differentiate = explicit_gradients if explicit else gradients
+        sums, grads = differentiate(state.model, batch, loss)
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         norm, mean_loss = optax.global_norm(grads), sums.nll / tokens

@@ -116,7 +116,17 @@ def test_ragged_rows_do_not_see_each_others_padding(model):
     np.testing.assert_allclose(logits[1, 0, real], expected[real], atol=CLOSE)
 
 
-@pytest.mark.parametrize("policy", ["full", "dots", "named", "offload"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "named", "remat_saved": ("qkv", "attention", "mlp_residual")},
+        {"remat": "named", "remat_offloaded": ("layer_input", "attention")},
+        {"remat": "named", "remat_saved": ("gate",), "remat_offloaded": ("layer_input", "up")},
+    ],
+    ids=lambda policy: " ".join(map(str, policy.values())),
+)
 def test_remat_changes_memory_and_not_gradients(model, policy):
     """Red if remat() returned `body` for every policy (memory), or dropped a layer (gradients)."""
     tokens, positions, segments = row(32)
@@ -126,11 +136,11 @@ def test_remat_changes_memory_and_not_gradients(model, policy):
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
     def compiled(policy):
-        net = decoder.Decoder(dataclasses.replace(CONFIG, remat=policy), jax.random.key(0))
+        net = decoder.Decoder(dataclasses.replace(CONFIG, **policy), jax.random.key(0))
         lowered = jax.jit(jax.grad(loss)).lower(net).compile()
         return lowered(net), lowered.memory_analysis().temp_size_in_bytes
 
-    plain, plain_bytes = compiled("none")
+    plain, plain_bytes = compiled({})
     found, found_bytes = compiled(policy)
     assert found_bytes < plain_bytes
     for name, gradient in param.flatten(plain).items():

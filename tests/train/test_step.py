@@ -15,7 +15,7 @@ from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder
 from lemur_jax.train.optimizer import decay_mask, optimizer, schedule
 from lemur_jax.train.state import random_state
-from lemur_jax.train.step import WARM_STEPS, gradients, make_step
+from lemur_jax.train.step import WARM_STEPS, explicit_gradients, gradients, make_step
 
 MODEL = ModelConfig(
     vocab_size=101,
@@ -51,11 +51,12 @@ def batch(rows: int = 8, length: int = 24) -> Batch:
     return Batch(*(field[None] for field in fields))
 
 
-def four_losses(mesh_config: MeshConfig, micro_batches: int, config=OPTIMIZER):
+def four_losses(mesh_config, micro_batches, config=OPTIMIZER, explicit=False):
     devices = jax.devices()[: int(np.prod(list(dataclasses.asdict(mesh_config).values())))]
     mesh = sharding.make_mesh(mesh_config, devices)
     transform = optimizer(config)
-    step = jax.jit(make_step(transform, schedule(config, 10), config, LOSS), donate_argnums=0)
+    step = make_step(transform, schedule(config, 10), config, LOSS, explicit)
+    step = jax.jit(step, donate_argnums=0)
     rows = 8 // micro_batches
     split = (x.reshape(micro_batches, rows, -1) for x in batch())
     placed = Batch(*(sharding.place(x, 0, rows, mesh) for x in split))
@@ -88,6 +89,37 @@ def on_one_device():
 def test_same_losses_on_every_mesh(on_one_device, mesh, micro_batches):
     """Red if attention under a split sequence saw only its own keys, or kv heads were misrouted."""
     np.testing.assert_allclose(four_losses(mesh, micro_batches), on_one_device, rtol=SAME_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [
+        (MeshConfig(fsdp=8), 1),
+        (MeshConfig(fsdp_outer=2, fsdp=2, data=2), 1),
+        (MeshConfig(fsdp_outer=2, fsdp=2), 2),
+        (MeshConfig(fsdp_outer=2, fsdp=2, sequence=2), 2),
+    ],
+    ids=str,
+)
+def test_explicit_gradients_on_every_mesh(on_one_device, mesh, micro_batches):
+    """Red if a part of the batch were left out of a weight's gradient (sum_over_batch without
+    "data" or "sequence", for norms without the fsdp axes), or if parts came back in another order
+    than they were gathered in (psum_scatter over the last axis first)."""
+    losses = four_losses(mesh, micro_batches, explicit=True)
+    np.testing.assert_allclose(losses, on_one_device, rtol=SAME_LOSS)
+
+
+def test_explicit_gradients_are_reduce_scattered():
+    """Red if `gathered` left the gradient to autodiff of a gather in an automatic step, where one
+    reduction over all fsdp devices is an all-reduce."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp_outer=2, fsdp=4))
+    with jax.set_mesh(mesh):
+        model = random_state(MODEL, optimizer(OPTIMIZER), mesh, seed=0).model
+        rows = Batch(*(sharding.place(x, 0, 8, mesh) for x in batch()))
+        text = jax.jit(explicit_gradients, static_argnums=2).lower(model, rows, LOSS).as_text()
+    gathered = [w for name, w in param.flatten(model).items() if "norm" not in name]
+    # The layers' weights appear once, in the scan's body; two axes for each weight.
+    assert text.count("stablehlo.reduce_scatter") == 2 * len(gathered)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
