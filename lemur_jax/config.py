@@ -63,7 +63,7 @@ def _raise_if(problems: list[str]) -> None:
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 REMAT_POLICIES = ("none", "full", "dots", "named")
 # A layer's activations that remat="named" may keep, in the order of the computation.
-ACTIVATION_NAMES = ("layer_input", "qkv", "attention", "mlp_residual", "gate", "up")
+ACTIVATION_NAMES = ("layer_input", "q", "kv", "attention", "mlp_residual", "gate", "up")
 ATTENTION_IMPLEMENTATIONS = ("auto", "reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 SEQUENCE_ATTENTION = ("gather", "ring")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -227,7 +228,9 @@ def gathered(w: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _all_gather(w, dim: int, names: tuple[str, ...]):
-    return jax.lax.all_gather(w, names, axis=dim, tiled=True)
+    # Along the first dimension: XLA would scatter along another one by an all-reduce and a slice.
+    whole = jax.lax.all_gather(jnp.moveaxis(w, dim, 0), names, axis=0, tiled=True)
+    return jnp.moveaxis(whole, 0, dim)
 
 
 def _all_gather_forward(w, dim, names):
@@ -235,9 +238,10 @@ def _all_gather_forward(w, dim, names):
 
 
 def _all_gather_backward(dim, names, _, dw):
-    for name in names:  # the slowest axis first, as the parts lie: else XLA makes an all-reduce
-        dw = jax.lax.psum_scatter(dw, name, scatter_dimension=dim, tiled=True)
-    return (dw,)
+    dw = jnp.moveaxis(dw, dim, 0)
+    for name in names:  # in the order in which the parts lie, slowest first
+        dw = jax.lax.psum_scatter(dw, name, scatter_dimension=0, tiled=True)
+    return (jnp.moveaxis(dw, 0, dim),)
 
 
 _all_gather.defvjp(_all_gather_forward, _all_gather_backward)

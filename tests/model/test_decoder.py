@@ -121,7 +121,7 @@ def test_ragged_rows_do_not_see_each_others_padding(model):
     [
         {"remat": "full"},
         {"remat": "dots"},
-        {"remat": "named", "remat_saved": ("qkv", "attention", "mlp_residual")},
+        {"remat": "named", "remat_saved": ("q", "kv", "attention", "mlp_residual")},
         {"remat": "named", "remat_offloaded": ("layer_input", "attention")},
         {"remat": "named", "remat_saved": ("gate",), "remat_offloaded": ("layer_input", "up")},
     ],
