@@ -94,7 +94,7 @@ def _compiled(chip: str, case: Case, with_cost: bool) -> dict:
             out = cross_entropy(
                 x, w, targets, weights,
                 z_loss=1e-4, chunk_tokens=case.chunk_tokens, valid_vocab=case.vocab - 100,
-                implementation=case.implementation, chip=chip if kernel else None,
+                implementation=case.implementation,  # the chip is that of compile_for's mesh
             )  # fmt: skip
             return out.loss + out.z_loss
 

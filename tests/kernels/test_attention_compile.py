@@ -40,6 +40,6 @@ def test_rows_that_are_not_packed_compile(chip):
 
 
 def test_the_public_function_compiles_for_a_chip_that_is_not_attached():
-    """Red when: certified_tiling looks at jax.devices() alone, or the second call is left out."""
+    """Red when: target_device looks at jax.devices() alone, or the second call is left out."""
     (row,) = compiled("v4", "packed")
     assert row["kernels"] == ["lemur_attention_forward", ONLINE]
