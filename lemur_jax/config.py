@@ -220,7 +220,6 @@ class ModelConfig:
         problems += _one_of(self, "sequence_attention", SEQUENCE_ATTENTION)
         _raise_if(problems)
 
-
     def _named_activations(self) -> list[str]:
         problems = []
         for field in ("remat_saved", "remat_offloaded"):
@@ -383,8 +382,11 @@ class LossConfig:
 
     Attributes:
       z_loss: weight of mean(log(Z)^2), which keeps logits from drifting (PaLM uses 1e-4).
-      chunk_tokens: tokens of each row whose logits exist at one time; full logits never do. On
-        TPU the whole row, where it fits, is fastest: each chunk adds to the head's gradient.
+      chunk_tokens: tokens of each row whose logits exist at one time; full logits never do. A
+        config for TPUs should name the row length here (DataConfig.sequence_length): the kernel
+        keeps no f32 logits, and every further chunk reads and writes the head's f32 gradient once
+        more. By lemur_kernels/cross_entropy/README.md that also takes the least memory up to about
+        2 ModelConfig.embed tokens a device; only beyond, smaller chunks save some.
       implementation: LOSS_IMPLEMENTATIONS; "auto" is resolved once, before tracing, and printed.
     """
 

@@ -74,9 +74,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
     """Replaces the size -1 by what the other sizes leave of `device_count`."""
-    sizes = {
-        name: getattr(config, name) for name in (*MESH_AXES, "dcn_data")
-    }
+    sizes = {name: getattr(config, name) for name in (*MESH_AXES, "dcn_data")}
     fixed = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
     if free and device_count % fixed == 0:
@@ -335,8 +333,8 @@ def check(
             below, above = rows - rows % ways, rows + ways - rows % ways
             problems.append(
                 f"rows of a micro-batch (DataConfig.batch_size / TrainConfig.micro_batches) = "
-                f"{rows} must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data={ways}; nearest legal: "
-                f"{', '.join(str(n) for n in (below, above) if n)}"
+                f"{rows} must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data={ways}; nearest "
+                f"legal: {', '.join(str(n) for n in (below, above) if n)}"
             )
     if sequence_length is not None:
         divides("sequence_length", sequence_length, "MeshConfig.sequence", mesh.sequence)

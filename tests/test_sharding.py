@@ -55,7 +55,10 @@ def test_check_names_every_number():
         "kv_heads=2 and MeshConfig.tensor=3: one must divide the other; legal tensor: 1, 2, 4, 8"
         in text
     )
-    assert "= 8 must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data=5; nearest legal: 5, 10" in text
+    assert (
+        "= 8 must divide by MeshConfig data*fsdp_outer*fsdp*dcn_data=5; nearest legal: 5, 10"
+        in text
+    )
     assert "sequence_length=64 must divide by MeshConfig.sequence=3" in text
     sharding.check(MODEL, MeshConfig(fsdp=2, tensor=4), rows=8, sequence_length=64)
 

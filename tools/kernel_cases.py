@@ -49,6 +49,8 @@ def fingerprint() -> str:
 
 def _attention(case: Case) -> Built:
     """Heads first, as the public kernels take them, so that no transpose is charged to either."""
+    import collections
+
     import jax
     import numpy as np
     from lemur_kernels.attention import pallas_tpu as tpu
@@ -78,9 +80,6 @@ def _attention(case: Case) -> Built:
 
     q = ((H, S, D), case.dtype)
     kv = ((K, S, D), case.dtype)
-    ids_1S = segment_ids(case)[None]
-    starts = np.flatnonzero(np.diff(ids_1S[0], prepend=-1))
-    positions_1S = (np.arange(S) - np.repeat(starts, np.diff(starts, append=S)))[None]
     inputs = [q, kv, kv, ((1, S), "int32"), ((1, S), "int32")]
     saved = [q, ((H, 1, S), "float32"), q]
     functions = {
@@ -89,20 +88,33 @@ def _attention(case: Case) -> Built:
         "forward+backward": (both, [*inputs, q]),
     }
     chains = K // kv_heads_per_step(tilings[True].heads, H // K)
+    ids = [segment_ids(case)]
+    if case.mask == "apart":
+        ids = [np.ones(length, np.int32) for length in case.lengths]
+
+    def counted(backward: bool) -> dict[str, int]:
+        """Runs of each region in one call on these rows."""
+        total, tiling = collections.Counter(), tilings[backward]
+        for row in ids:
+            starts = np.flatnonzero(np.diff(row, prepend=-1))
+            places = np.arange(len(row)) - np.repeat(starts, np.diff(starts, append=len(row)))
+            rows = rows_of(row[None], places[None].astype(np.int32))
+            total.update(
+                region_counts(
+                    tpu.padded_rows(rows, tiling.block),
+                    options,
+                    tiling,
+                    heads=H,
+                    backward=backward,
+                    chains=chains * tiling.split,
+                )
+            )
+        return dict(total)
+
     with jax.default_device(jax.devices("cpu")[0]):
-        rows = rows_of(ids_1S.astype(np.int32), positions_1S.astype(np.int32))
         counts = {
-            "lemur_attention_forward": region_counts(
-                rows, options, tilings[False], heads=H, backward=False
-            ),
-            "lemur_attention_backward": region_counts(
-                rows,
-                options,
-                tilings[True],
-                heads=H,
-                backward=True,
-                chains=chains * tilings[True].split,
-            ),
+            "lemur_attention_forward": counted(False),
+            "lemur_attention_backward": counted(True),
         }
     # one call for each span of keys that dk and dv are held of
     counts["lemur_attention_backward"] |= {"calls": -(-S // tilings[True].span)}

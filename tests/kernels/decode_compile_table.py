@@ -1,34 +1,27 @@
 """Compiles the TPU kernel ahead of time for real chips, on a machine without one; prints a table.
 
     python tests/kernels/decode_compile_table.py --chips v4 v5e --cases sample
-    python tests/kernels/decode_compile_table.py --bundles ../shared/tpu_cost
+    python tests/kernels/decode_compile_table.py --bundles
 
 One JSON line per case: what the TPU compiler says, never a measured speed. Needs libtpu (the
-project's `tpu` extra). With --bundles a reader of the compiler's dumps (bundles.py in the given
-folder) adds the final schedule's bundles of one block of keys, to be held against the cycles in
-which HBM can deliver that block: where they are fewer, compute hides behind the copies.
+project's `tpu` extra). --bundles adds the final schedule's bundles of one block of keys, to be held
+against the cycles in which HBM can deliver that block: where they are fewer, compute hides behind
+the copies.
 """
 
 import argparse
-import importlib
 import itertools
 import json
-import os
-import re
-import shutil
 import sys
 import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
-# topology, chip config, HBM bytes/s and clock Hz per core. Public figures; v7x: jax's tpu_info,
-# clock not public (assumed).
-CHIPS = {
-    "v4": ("v4:2x2x1", "megacore", 1.228e12 / 2, 1.05e9),
-    "v5e": ("v5e:2x2", "default", 0.819e12, 1.5e9),
-    "v5p": ("v5:2x2x1", "megacore", 2.765e12 / 2, 1.75e9),
-    "v6e": ("v6e:2x2", "default", 1.64e12, 1.75e9),
-    "v7x": ("tpu7x:2x2x1", "default", 7.38e12 / 2, 1.9e9),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from tpu_compiler import compiling
+from tpu_compiler.bundles import Kernel, Node
+from tpu_compiler.topology import CHIPS
 
 
 class Case(NamedTuple):
@@ -79,33 +72,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--cases", choices=CASES, default="table")
-    parser.add_argument("--bundles", help="folder with bundles.py, a reader of compiler dumps")
+    parser.add_argument("--bundles", action="store_true", help="also count those of one block")
     options = parser.parse_args()
-    dump = tempfile.mkdtemp(prefix="decode_attention_")
-    os.environ |= {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_ACCELERATOR_TYPE": "v4-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    if options.bundles:
-        sys.path.insert(0, options.bundles)
-        os.environ["LIBTPU_INIT_ARGS"] = (
-            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true "
-            "--xla_jf_dump_llo_pass_label_regex=(final_).*"
-        )
-    try:
+    with tempfile.TemporaryDirectory(prefix="decode_attention_") as folder:
+        dump = Path(folder)
+        compiling.start(dump)
         for chip in options.chips:
             for case in CASES[options.cases]:
-                row = {"chip": chip, **case._asdict(), **_compile(chip, case)}
-                if options.bundles and "error" not in row:
-                    row |= _bundles(chip, case, dump)
-                for name in os.listdir(dump):
-                    os.remove(os.path.join(dump, name))
+                row = {"chip": chip, **case._asdict(), **_compile(chip, case, options.bundles)}
                 print(json.dumps(row), flush=True)
-    finally:
-        shutil.rmtree(dump)
+                for path in dump.iterdir():
+                    path.unlink()
 
 
 def _plan(case: Case):
@@ -121,47 +98,19 @@ def _plan(case: Case):
     return plan, shape, itemsize, M
 
 
-def _compile(chip: str, case: Case) -> dict:
+def _compile(chip: str, case: Case, with_bundles: bool) -> dict:
     """The chosen sizes, compile verdict and VMEM; jax is imported late, after the environment."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import (
-        AbstractDevice,
-        AbstractMesh,
-        Mesh,
-        NamedSharding,
-        PartitionSpec,
-        use_abstract_mesh,
-    )
     from lemur_kernels.decode_attention import decode_attention
 
-    topology, config, _, _ = CHIPS[chip]
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology, chip_config_name=config,
-        chips_per_host_bounds=(2, 2, 1),
-    ).devices  # fmt: skip
-    sharding = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-    # Tells the kernel its target, as a mesh of real devices would.
-    target = AbstractMesh(
-        (1,), ("x",), abstract_device=AbstractDevice(
-            device_kind=devices[0].device_kind, platform="tpu", num_cores=devices[0].num_cores
-        ),
-    )  # fmt: skip
     plan, page, itemsize, M = _plan(case)
     P, B = case.rows * M, case.rows
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     arrays = [
-        array((B, case.queries, case.heads, case.head_dim), jnp.dtype(case.q)),
-        array((P, *page), jnp.dtype(case.pages)),
-        array((B, M), jnp.int32), array((B,), jnp.int32), array((B,), jnp.int32),
+        ((B, case.queries, case.heads, case.head_dim), case.q),
+        ((P, *page), case.pages),
+        ((B, M), "int32"), ((B,), "int32"), ((B,), "int32"),
     ]  # fmt: skip
     if case.pages == "int8":
-        arrays += [array((P, case.kv_heads), jnp.float32)] * 2
+        arrays += [((P, case.kv_heads), "float32")] * 2
 
     def step(q, pages, table, lengths, new, k_scales=None, v_scales=None):
         return decode_attention(
@@ -176,53 +125,52 @@ def _compile(chip: str, case: Case) -> dict:
         "block_bytes": plan.pages * plan.heads * page[1] * page[2] * itemsize,
     }
     try:
-        with use_abstract_mesh(target):
-            compiled = jax.jit(step).trace(*arrays).lower(lowering_platforms=("tpu",)).compile()
-    except Exception as error:  # the compiler's verdict is the result, whatever its type
-        return {**sizes, "error": str(error).strip()[:400]}
-    used = re.findall(r'"memory_space":"1","offset":"\d+","size":"(\d+)"', compiled.as_text())
-    return {**sizes, "vmem_MiB": round(max(map(int, used), default=0) / 2**20, 1)}
+        compiled = compiling.compile_for(chip, step, *arrays)
+    except compiling.CompileError as error:
+        return {**sizes, "error": str(error)}
+    (kernel,) = compiled.kernels
+    counted = _bundles(chip, case, kernel) if with_bundles else {}
+    return {**sizes, "vmem_MiB": round(compiled.vmem_bytes / 2**20, 1), **counted}
 
 
-def _bundles(chip: str, case: Case, dump: str) -> dict:
+def _bundles(chip: str, case: Case, kernel: Kernel) -> dict:
     """Bundles of one full block, without and with masks, next to the cycles of its copies."""
     from lemur_kernels.decode_attention.plan import COPIES_PER_TURN
 
-    reader = importlib.import_module("bundles")
-    (prefix,) = reader.prefixes(dump, "decode_attention")
-    names, _, use, schedule, root = reader.analyse(prefix)
-    text = {bundle[0]: bundle[3] for bundle in schedule}
     plan, page, itemsize, _ = _plan(case)
 
-    def products(node):
-        return reader.stats(names, use, node.a, node.b)[1][names.index("MXU")]
+    def products(node: Node) -> int:
+        return sum(bundle.mxu_rows for bundle in kernel.bundles[node.start : node.stop])
 
-    def copies_in(node):
-        return sum(text[i].count("dma.") for i in range(node.a, node.b) if i in text)
+    def copies_in(node: Node) -> int:
+        return sum(b.text.count("dma.") for b in kernel.bundles[node.start : node.stop])
 
-    def bundles(node, trips, leave_out=()):
+    def bundles(node: Node, trips, leave_out=()) -> int:
         """Bundles executed in a node when each loop inside it runs `trips(loop)` times."""
-        own, _ = reader.stats(names, use, node.a, node.b, [(c.a, c.b) for c in node.ch])
-        inside = [c for c in node.ch if c not in leave_out]
-        return own + sum(bundles(c, trips) * (trips(c) if c.kind == "loop" else 1) for c in inside)
+        inside = [child for child in node.children if child not in leave_out]
+        return len(node.own()) + sum(
+            bundles(child, trips) * (trips(child) if child.kind == "loop" else 1)
+            for child in inside
+        )
 
-    def every(node):
-        return [node] + [n for child in node.ch for n in every(child)]
+    def every(node: Node) -> list[Node]:
+        return [node] + [n for child in node.children for n in every(child)]
 
-    def forms(node):
-        return [c for c in node.ch if c.kind == "skip" and products(c) > 0]
+    def forms(node: Node) -> list[Node]:
+        return [n for n in node.children if n.kind == "region" and products(n) > 0]
 
-    loops = [n for n in every(root) if n.kind == "loop" and len(forms(n)) == 2]
+    loops = [n for n in every(kernel.root) if n.kind == "loop" and len(forms(n)) == 2]
     if not loops:
         return {"bundles": "the reader does not see the block loop"}
-    loop = min(loops, key=lambda n: n.b - n.a)
+    loop = min(loops, key=lambda n: n.stop - n.start)
     groups = plan.heads // plan.unroll
     plain, masked = sorted(bundles(n, lambda _: groups) for n in forms(loop))
     # A full block starts several copies per turn; loops over single pages are for partial ones.
     turns = plan.pages // min(COPIES_PER_TURN, plan.pages)
     copies = bundles(loop, lambda n: turns if copies_in(n) > 1 else 0, forms(loop))
-    _, _, bandwidth, clock = CHIPS[chip]
-    cycles = plan.pages * plan.heads * page[1] * page[2] * itemsize / (bandwidth / clock)
+    of_chip = CHIPS[chip]
+    bytes_per_cycle = of_chip.hbm_bytes_per_s / of_chip.cores / of_chip.clock_hz
+    cycles = plan.pages * plan.heads * page[1] * page[2] * itemsize / bytes_per_cycle
     return {
         "copy_bundles": copies,
         "compute_bundles": plain,

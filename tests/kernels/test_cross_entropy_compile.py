@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import cross_entropy_compile_table
 import pytest
 
 needs_libtpu = pytest.mark.skipif(
@@ -15,8 +16,8 @@ MIB = 2**20
 
 
 def table(*arguments: str) -> list[dict]:
-    """Rows of compile_table, in a process of its own: libtpu reads its environment once."""
-    command = [sys.executable, "-m", "lemur_kernels.cross_entropy.compile_table", *arguments]
+    """Rows of the table, from a process of its own: libtpu reads its environment once."""
+    command = [sys.executable, cross_entropy_compile_table.__file__, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -11,6 +11,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import bench_kernels as bench
+import kernel_cases
+from tpu_compiler.cases import Case
 
 OPTIONS = argparse.Namespace(
     kernel="attention",
@@ -48,6 +50,15 @@ def _result(cycles: float, outside: float = 0.0, **more) -> dict:
     }
 
 
+def _variants(packed: float, apart: float) -> dict:
+    """Our cycles in kernels, the same for each packing."""
+    return {
+        name: {"cycles": cycles}
+        for row in bench.packings(4096)
+        for name, cycles in ((row, packed), (f"{row}, documents apart", apart))
+    }
+
+
 def _printed(results: dict, **changed) -> str:
     options = argparse.Namespace(**{**vars(OPTIONS), **changed})
     console = Console(width=160, file=io.StringIO())
@@ -58,7 +69,7 @@ def _printed(results: dict, **changed) -> str:
 
 def test_ratios_count_what_runs_outside_the_kernels():
     """Red if _total leaves out outside_cycles."""
-    rows = {name: {"cycles": 0.54e6} for name in bench.packings(4096)}
+    rows = _variants(0.54e6, apart=0.5e6)
     text = _printed(
         {
             ("forward", "ours"): _result(1.0e6, 0.1e6, variants=rows),
@@ -71,9 +82,33 @@ def test_ratios_count_what_runs_outside_the_kernels():
     assert "flash: refused: vmem" in text
     packed = next(line for line in text.splitlines() if line.startswith("│ 8 x 512"))
     assert "0.640" in packed and "0.291" in packed
+    assert "0.540" in packed and "0.500" in packed and "1.08" in packed  # nothing outside in these
     assert "demo code, mean of rows" in text
     one = _printed({("forward", "ours"): _result(1.0e6, variants=rows)}, case=["8 x"])
     assert "8 x 512" in one and "16 x 256" not in one
+
+
+def _counts(lengths: tuple[int, ...], mask: str) -> dict:
+    """Region counts of both kernels at blocks of 512, documents from position 0 on."""
+    blocks = {"block": 512, "span": 4096, "square": 256}
+    case = Case(
+        chip="v4",
+        direction="forward+backward",
+        mask=mask,
+        lengths=lengths,
+        blocks=(*blocks.items(),),
+    )
+    return kernel_cases.build(case).counts
+
+
+def test_documents_apart_are_charged_for_their_own_blocks():
+    """Red if a document in a row of its own kept the length of the packed row."""
+    whole = (1024, 512, 2560)  # whole blocks: nothing is shared, so packing may not cost a step
+    assert _counts(whole, "apart") == _counts(whole, "segments")
+    packed, apart = (_counts((256,) * 16, mask) for mask in ("segments", "apart"))
+    for kernel in ("lemur_attention_forward", "lemur_attention_backward"):
+        assert apart[kernel]["grid"] == 2 * packed[kernel]["grid"] > 0, kernel
+        assert apart[kernel]["empty"] == 0, kernel
 
 
 def test_a_kernel_on_one_core_is_named_with_what_it_would_cost():

@@ -122,6 +122,42 @@ def test_explicit_gradients_are_reduce_scattered():
     assert text.count("stablehlo.reduce_scatter") == 2 * len(gathered)
 
 
+def gradients_on(mesh_config: MeshConfig, form: str):
+    """Loss sums, {name: gradient} and the program's text; the weights are the same on every mesh.
+    The second of two documents lies on both halves of its row."""
+    lengths = np.array([7, 14, 3])
+    places = np.concatenate([np.arange(n) for n in lengths]).astype(np.int32)
+    segments = np.repeat(np.array([1, 2, 0], np.int32), lengths)
+    rows = (np.broadcast_to(x, batch().positions.shape) for x in (places, segments))
+    one = batch()._replace(**dict(zip(("positions", "segment_ids"), rows)))
+    mesh = sharding.make_mesh(mesh_config, jax.devices()[: mesh_config.sequence])
+    config = dataclasses.replace(MODEL, sequence_attention=form)
+    placed = Batch(*(sharding.place(x, 0, 8, mesh) for x in one))
+    with jax.set_mesh(mesh):
+        model = random_state(config, optimizer(OPTIMIZER), mesh, seed=0).model
+        lowered = jax.jit(gradients, static_argnums=2).lower(model, placed, LOSS)
+        sums, grads = lowered.compile()(model, placed)
+    return sums, param.flatten(grads), lowered.as_text()
+
+
+@pytest.fixture(scope="module")
+def gradients_on_one_device():
+    return gradients_on(MeshConfig(fsdp=1), "gather")
+
+
+@pytest.mark.parametrize("form", ["gather", "ring"])
+def test_a_row_on_two_devices_has_the_gradients_of_one(gradients_on_one_device, form):
+    """Red if the ring's dk and dv did not go home, if either form attended to its own half only, or
+    if ModelConfig.sequence_attention did not reach the attention."""
+    sums, grads, text = gradients_on(MeshConfig(fsdp=1, sequence=2), form)
+    assert ("collective_permute" in text) == (form == "ring")
+    whole_sums, whole, _ = gradients_on_one_device
+    np.testing.assert_allclose(sums, whole_sums, rtol=1e-6)
+    for name, gradient in whole.items():
+        # float32 sums in another order
+        np.testing.assert_allclose(grads[name], gradient, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_accumulation_is_the_full_batch_gradient(micro_batches):
     """Red if gradients were averaged over micro-batches instead of divided once by all tokens."""

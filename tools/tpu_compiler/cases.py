@@ -18,7 +18,8 @@ class Case:
       direction: "forward", "backward" or "forward+backward".
       seq: tokens of the row (T and S). heads, kv_heads, head_dim: H, K, D.
       dtype: "bfloat16" or "float32".
-      mask: "causal" (one document), "segments" (packed, causal inside) or "window".
+      mask: "causal" (one document), "segments" (packed, causal inside), "window", or "apart": the
+        program of a row of `seq` with the counts of its documents in rows of their own, one call.
       window: visible keys of a query when mask is "window", itself included.
       lengths: lengths of the row's documents, in order, from position 0; the rest is padding.
       blocks: block sizes by name, or () for the kernel's own choice.

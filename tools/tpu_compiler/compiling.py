@@ -37,7 +37,8 @@ class Compiled:
       hlo: the optimized, scheduled program.
       seconds: wall time of the compiler alone.
       vmem_bytes: largest scoped VMEM allocation of a kernel (blocks, scratch and spills).
-      temp_bytes: HBM for temporaries. argument_bytes, output_bytes: HBM of those.
+      temp_bytes: HBM for temporaries. argument_bytes, output_bytes: HBM of those. peak_bytes: of
+        all of them at one time.
     """
 
     kernels: list[Kernel]
@@ -48,6 +49,7 @@ class Compiled:
     temp_bytes: int
     argument_bytes: int
     output_bytes: int
+    peak_bytes: int
 
 
 def missing() -> str | None:
@@ -143,6 +145,7 @@ def compile_for(
         temp_bytes=memory.temp_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
     )
 
 
