@@ -195,9 +195,9 @@ def _dry_run(run, text: str) -> None:
     from rich.table import Table
 
     from lemur_jax import sharding
-    from lemur_jax.model.attention import describe, resolve_implementation
+    from lemur_jax.model.attention import describe
+    from lemur_jax.train import programs
     from lemur_jax.train.estimate import estimate
-    from lemur_jax.train.loss import resolve_implementation as resolve_loss
 
     console = Console()
     console.print(text, markup=False, highlight=False)
@@ -210,10 +210,7 @@ def _dry_run(run, text: str) -> None:
         sequence_length=run.data.sequence_length,
     )
     backend = jax.default_backend()
-    attention = resolve_implementation(run.model, backend)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
-    loss = resolve_loss(run.loss, jax.devices()[0])
-    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, implementation=loss))
+    run = programs.resolve(run, jax.devices()[0])
     sizes = estimate(run, mesh)
     table = Table("what", "value", title="dry run: nothing was allocated, compiled or written")
     gib = 2**30
@@ -224,7 +221,7 @@ def _dry_run(run, text: str) -> None:
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
         "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
         "attention": describe(run.model, mesh.sequence),
-        "loss": loss,
+        "loss": run.loss.implementation,
         "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
         "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",
         "gradients, GiB a device": f"{sizes.gradient_bytes / gib:.3f}",

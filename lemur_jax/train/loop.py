@@ -18,14 +18,12 @@ from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
-from lemur_jax.model.attention import describe, resolve_implementation
+from lemur_jax.model.attention import describe
 from lemur_jax.train import metrics as run_metrics
-from lemur_jax.train import saved
-from lemur_jax.train.loss import loss_sums
-from lemur_jax.train.loss import resolve_implementation as resolve_loss
-from lemur_jax.train.optimizer import optimizer, schedule
+from lemur_jax.train import programs, saved
+from lemur_jax.train.optimizer import optimizer
 from lemur_jax.train.progress import StepProgress, StopRequest
-from lemur_jax.train.step import Metrics, make_step
+from lemur_jax.train.step import Metrics
 
 SKIP_REASONS = {1: "loss or gradient is not finite", 2: "gradient norm is a spike"}
 
@@ -77,18 +75,13 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
         rows=rows,
         sequence_length=config.data.sequence_length,
     )
-    attention = resolve_implementation(config.model, jax.default_backend())
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention=attention)
-    )
-    loss = resolve_loss(config.loss, jax.devices()[0])
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, implementation=loss))
+    config = programs.resolve(config, jax.devices()[0])
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     report(
         f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
         f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
     )
-    report(f"loss: {loss}")
+    report(f"loss: {config.loss.implementation}")
 
     # ----- data ------------------------------------------------------------------------------
     pipeline = Pipeline(config.data)
@@ -123,13 +116,9 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
         )
 
     # ----- step ------------------------------------------------------------------------------
-    rate = schedule(config.optimizer, config.steps)
-    step_fn = jax.jit(make_step(transform, rate, config.optimizer, config.loss), donate_argnums=0)
-
-    @jax.jit
-    def eval_fn(model, batch):
-        return loss_sums(model, jax.tree.map(lambda x: x[0], batch), config.loss)
-
+    if first_step < config.steps:
+        step_fn = programs.compiled(programs.lower_step(config, mesh), config)
+        eval_fn = programs.compiled(programs.lower_evaluation(config, mesh), config)
     peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
     report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
     progress = StepProgress(
