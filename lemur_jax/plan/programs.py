@@ -293,7 +293,8 @@ def _lower_decode(config: TrainConfig, mesh: Mesh, serving: Serving) -> jax.stag
 
 def sampling_model(config: ModelConfig, mesh: Mesh) -> decoder.Decoder:
     """The sampler's model as ShapeDtypeStructs: compute dtype, layers unstacked, sharded."""
-    model = jax.eval_shape(weights.for_sampling, decoder.abstract(config))
+    ready = functools.partial(weights.for_sampling, backend="tpu")
+    model = jax.eval_shape(ready, decoder.abstract(config))
     return param.abstract_with_shardings(model, mesh)
 
 
