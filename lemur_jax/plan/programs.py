@@ -11,6 +11,7 @@ import functools
 import math
 import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,11 @@ def make_mesh(config: TrainConfig, where: Slice) -> Mesh:
 
 
 def compile_program(
-    config: TrainConfig, where: Slice, name: str = "train", serving: Serving | None = None
+    config: TrainConfig,
+    where: Slice,
+    name: str = "train",
+    serving: Serving | None = None,
+    dump: Path | None = None,
 ) -> Compiled:
     """Compiles one program of a run for a slice.
 
@@ -192,22 +197,30 @@ def compile_program(
       where: the slice.
       name: one of PROGRAMS.
       serving: shapes of prefill and decode; `default_serving` when None.
+      dump: a new directory for the compiler's buffer assignment, which memory.py reads.
 
     Raises:
       CompilerMissing: libtpu is not installed, or another version.
-      ConfigError: sizes do not divide, or a compiler option is unknown.
+      ConfigError: sizes do not divide, an option is unknown, or a kernel lacks a shape.
       CompileRefused: the compiler's verdict, e.g. out of memory.
     """
     libtpu.prepare()
     started = time.monotonic()
     config = resolve(config, where)
     mesh = make_mesh(config, where)
-    lowered = lower(config, mesh, name, serving)
+    options = training.options(config)
+    if dump is not None:
+        options["xla_dump_to"] = str(dump)
     try:
         with libtpu.explained():
-            executable = training.compiled(lowered, config)
+            made = program(config, mesh, name, serving)
+            executable = training.compiled(made, mesh, options)
     except jax.errors.JaxRuntimeError as error:
         raise CompileRefused(name, where, str(error)) from error
+    except ValueError as error:
+        if not _from_kernels(error):
+            raise
+        raise ConfigError([f"{name} on {where.name}: {error}"]) from error
     memory = executable.memory_analysis()
     return Compiled(
         name=name,
@@ -227,19 +240,27 @@ def compile_program(
     )
 
 
-def lower(
+def _from_kernels(error: Exception) -> bool:
+    """Whether lemur_kernels raised it: a shape that no kernel has, which its message explains."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and "lemur_kernels" in trace.tb_frame.f_code.co_filename
+
+
+def program(
     config: TrainConfig, mesh: Mesh, name: str, serving: Serving | None = None
-) -> jax.stages.Lowered:
-    """Traces and lowers one program; `config` is resolved."""
+) -> training.Program:
+    """One program and its abstract arguments; `config` is resolved."""
     if name == "train":
-        return training.lower_step(config, mesh)
+        return training.step(config, mesh)
     if name == "evaluate":
-        return training.lower_evaluation(config, mesh)
+        return training.evaluation(config, mesh)
     serving = serving or default_serving(config, mesh)
     if name == "prefill":
-        return _lower_prefill(config, mesh, serving)
+        return _prefill(config, mesh, serving)
     if name == "decode":
-        return _lower_decode(config, mesh, serving)
+        return _decode(config, mesh, serving)
     raise ConfigError([f"program={name!r} is unknown; legal: {', '.join(PROGRAMS)}"])
 
 
@@ -256,39 +277,34 @@ def default_serving(config: TrainConfig, mesh: Mesh) -> Serving:
     return Serving(batch=8 * ways, prompt=length // 2, cache=length)
 
 
-def _lower_prefill(config: TrainConfig, mesh: Mesh, serving: Serving) -> jax.stages.Lowered:
-    model = sampling_model(config.model, mesh)
-    array = functools.partial(_array, mesh)
-    batch = serving.batch
-    with jax.set_mesh(mesh):
-        traced = jax.jit(sampling.prefill).trace(
-            model,
-            array((batch, serving.prompt), jnp.int32, ("batch", None)),
-            array((batch,), jnp.int32, ("batch",)),
-            _rows(batch, mesh),
-            array((), jnp.bool_, ()),
-        )
-        return traced.lower(lowering_platforms=("tpu",))
+def _prefill(config: TrainConfig, mesh: Mesh, serving: Serving) -> training.Program:
+    array, batch = functools.partial(_array, mesh), serving.batch
+    arguments = (
+        sampling_model(config.model, mesh),
+        array((batch, serving.prompt), jnp.int32, ("batch", None)),
+        array((batch,), jnp.int32, ("batch",)),
+        _rows(batch, mesh),
+        array((), jnp.bool_, ()),
+    )
+    return training.Program(jax.jit(sampling.prefill), arguments)
 
 
-def _lower_decode(config: TrainConfig, mesh: Mesh, serving: Serving) -> jax.stages.Lowered:
+def _decode(config: TrainConfig, mesh: Mesh, serving: Serving) -> training.Program:
+    array, batch = functools.partial(_array, mesh), serving.batch
     model = sampling_model(config.model, mesh)
-    array = functools.partial(_array, mesh)
-    batch = serving.batch
 
     def decode(model, state, rows, stopped_B, steps, want_logprobs):
         return sampling.decode(lambda: model, state, rows, stopped_B, steps, want_logprobs, CHUNK)
 
-    with jax.set_mesh(mesh):
-        traced = jax.jit(decode, donate_argnums=1).trace(
-            model,
-            _decode_state(model.config, batch, serving.cache, mesh),
-            _rows(batch, mesh),
-            array((batch,), jnp.bool_, ("batch",)),
-            array((), jnp.int32, ()),
-            array((), jnp.bool_, ()),
-        )
-        return traced.lower(lowering_platforms=("tpu",))
+    arguments = (
+        model,
+        _decode_state(model.config, batch, serving.cache, mesh),
+        _rows(batch, mesh),
+        array((batch,), jnp.bool_, ("batch",)),
+        array((), jnp.int32, ()),
+        array((), jnp.bool_, ()),
+    )
+    return training.Program(jax.jit(decode, donate_argnums=1), arguments)
 
 
 def sampling_model(config: ModelConfig, mesh: Mesh) -> decoder.Decoder:

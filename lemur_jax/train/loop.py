@@ -117,8 +117,9 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
 
     # ----- step ------------------------------------------------------------------------------
     if first_step < config.steps:
-        step_fn = programs.compiled(programs.lower_step(config, mesh), config)
-        eval_fn = programs.compiled(programs.lower_evaluation(config, mesh), config)
+        options = programs.options(config)
+        step_fn = programs.compiled(programs.step(config, mesh), mesh, options)
+        eval_fn = programs.compiled(programs.evaluation(config, mesh), mesh, options)
     peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
     report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
     progress = StepProgress(

@@ -7,7 +7,9 @@ import difflib
 import importlib.util
 import mmap
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +47,14 @@ def options(config: TrainConfig) -> dict[str, str]:
     return dict(option.split("=", 1) for option in config.compiler_options)
 
 
-def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+class Program(NamedTuple):
+    """A jitted function and the ShapeDtypeStructs, with shardings, that it is compiled for."""
+
+    function: Callable
+    arguments: tuple
+
+
+def step(config: TrainConfig, mesh: Mesh) -> Program:
     """One optimizer step, (state, [M,R,T] batch) -> (state, metrics); the state is donated.
 
     Args:
@@ -60,10 +69,10 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     step = make_step(transform, rate, config.optimizer, config.loss)
     rows = config.data.batch_size // config.micro_batches
     batch = abstract_batch(config.micro_batches, rows, config.data.sequence_length, mesh)
-    return _lower(jax.jit(step, donate_argnums=0, out_shardings=out), mesh, state, batch)
+    return Program(jax.jit(step, donate_argnums=0, out_shardings=out), (state, batch))
 
 
-def lower_evaluation(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+def evaluation(config: TrainConfig, mesh: Mesh) -> Program:
     """Loss sums of a held-out batch, (model, [1,B,T] batch) -> LossSums; arguments as above."""
 
     def evaluation(model, batch):
@@ -71,7 +80,7 @@ def lower_evaluation(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
     model = abstract_state(config.model, optimizer(config.optimizer), mesh).model
     batch = abstract_batch(1, config.data.batch_size, config.data.sequence_length, mesh)
-    return _lower(jax.jit(evaluation), mesh, model, batch)
+    return Program(jax.jit(evaluation), (model, batch))
 
 
 def abstract_batch(micro_batches: int, rows: int, length: int, mesh: Mesh) -> Batch:
@@ -90,25 +99,31 @@ def abstract_batch(micro_batches: int, rows: int, length: int, mesh: Mesh) -> Ba
     )
 
 
-def _lower(jitted, mesh: Mesh, *arguments) -> jax.stages.Lowered:
+def lower(program: Program, mesh: Mesh) -> jax.stages.Lowered:
+    """Traces and lowers a program for the mesh's devices."""
     with jax.set_mesh(mesh):
-        traced = jitted.trace(*arguments)
+        traced = program.function.trace(*program.arguments)
         # An attached device's platform is the default; a TPU's may be absent.
         tpu = mesh.devices.flat[0].platform == "tpu"
         return traced.lower(lowering_platforms=("tpu",) if tpu else None)
 
 
-def compiled(lowered: jax.stages.Lowered, config: TrainConfig) -> jax.stages.Compiled:
-    """Compiles with `TrainConfig.compiler_options`.
+def compiled(
+    program: Program, mesh: Mesh, chosen: dict[str, str] | None = None
+) -> jax.stages.Compiled:
+    """Compiles a program.
+
+    Args:
+      chosen: `options` of the config, perhaps more.
 
     Raises:
       ConfigError: the compiler does not know an option, or its value.
     """
-    chosen = options(config)
+    lowered = lower(program, mesh)
     try:
         return lowered.compile(compiler_options=chosen or None)
     except Exception as error:
-        problem = _option_problem(str(error), chosen)
+        problem = _option_problem(str(error), chosen or {})
         if problem is None:
             raise
         raise ConfigError([problem]) from error
