@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="print config, sizes, mesh and memory, then stop"
     )
     train.add_argument(
+        "--compiled", metavar="DIR", help="run the programs that `lemur plan --save=DIR` compiled"
+    )
+    train.add_argument(
         "--coordinator", help="HOST:PORT of process 0, or 'auto' on a TPU pod or SLURM"
     )
     train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
@@ -161,7 +164,7 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
         return 0
     from lemur_jax.train import loop
 
-    result = loop.train(run, text)
+    result = loop.train(run, text, options.compiled and Path(options.compiled))
     return 0 if result.finished else EXIT_TERMINATED
 
 

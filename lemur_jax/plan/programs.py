@@ -64,6 +64,7 @@ class Compiled:
       host_temp_bytes: of host memory.
       seconds: wall time of lowering and compilation.
       executable: for `--save`; None when it came from a cache.
+      dump: where the compiler wrote its buffer assignment, if it was asked to.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Compiled:
     host_temp_bytes: int
     seconds: float
     executable: jax.stages.Compiled | None = None
+    dump: Path | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -237,6 +239,7 @@ def compile_program(
         host_temp_bytes=memory.host_temp_size_in_bytes,
         seconds=time.monotonic() - started,
         executable=executable,
+        dump=dump,
     )
 
 
