@@ -43,9 +43,9 @@ class Work:
         for i in self.program.computations.get(name, ()):
             if i.opcode in opcodes:
                 return i
-            if i.opcode in ("fusion", "call", "async-start") and i.called != name:
-                if found := self.contains(i.called, opcodes):
-                    return found
+            inner = i.called if i.opcode in ("fusion", "call", "async-start") else None
+            if found := self.contains(inner, opcodes):
+                return found
         return None
 
     def _inner_products(self, name: str) -> list[tuple[str, float]]:
