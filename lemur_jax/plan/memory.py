@@ -37,6 +37,7 @@ UNNAMED = "not attributed"
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _REDUCED = ("all-reduce", "reduce-scatter")
 _REDUCTIONS = ("all-reduce", "reduce-scatter", "all-reduce-start", "reduce-scatter-start")
+_UPDATES = ("fusion", "dynamic-update-slice", "dynamic-update-slice-start")
 _COMPUTE = ("bf16", "f16")
 
 
@@ -202,7 +203,7 @@ class _Naming:
         """Which activation of a layer has this shape; by what stored it where shapes are alike."""
         c, t = self.model, self.tensor
         dims = set(shape.dims[1:])
-        update = next((i for i in chain if i.opcode in ("fusion", "dynamic-update-slice")), None)
+        update = next((i for i in chain if i.opcode in _UPDATES), None)
         source, made = self.origins.stored(update) if update is not None else ("", None)
         if c.head_dim in dims and {c.heads, c.heads // t} & dims:
             kernel = source == "kernel" and "attention" in made.name

@@ -5,7 +5,8 @@ from lemur_jax.plan.hlo import Computation, Instruction, Program
 _SAME = ("copy", "bitcast", "reshape", "transpose", "convert", "copy-done", "copy-start",
          "optimization-barrier", "opt-barrier", "get-tuple-element", "slice-start", "slice-done",
          "async-done", "async-start", "async-update", "all-gather-done", "all-reduce-done",
-         "slice", "dynamic-slice", "dynamic-slice-start", "dynamic-slice-done")  # fmt: skip
+         "slice", "dynamic-slice", "dynamic-slice-start", "dynamic-slice-done",
+         "dynamic-update-slice-done")  # fmt: skip
 
 
 class Origins:
@@ -55,8 +56,8 @@ class Origins:
             body = self.program.computations[loop.attribute("body")]
             inside = self._carried(body, index)
             return inside if inside[0] in body.instructions else (loop.operands[0], index)
-        if (i.opcode in _SAME or "ConcatBitcast" in i.rest) and i.operands:
-            return i.operands[0], ()  # a sliced prefetch ends in a ConcatBitcast of its slices
+        if _moves(i):
+            return i.operands[0], ()
         return self._through_fusion(i, index)
 
     def _carried(self, body: Computation, index: tuple[int, ...]):
@@ -86,6 +87,10 @@ class Origins:
             name = x.operands[0]
         return None
 
+    def passed_on(self, body: Computation, place: int) -> bool:
+        """Whether a loop's body leaves a place of its carry as it is."""
+        return self._carried(body, (place,))[0] not in body.instructions
+
     def stored(self, update: Instruction) -> tuple[str, Instruction | None]:
         """What a dynamic-update-slice, or a fusion that ends in one, stores: ("carried", its
         place in the loop's carry) as it is, or else ("kernel", the nearest one upstream), or
@@ -94,7 +99,7 @@ class Origins:
         names = [o.name for o in computation.operands(update) if not _same_shape(o, update)]
         for name in names:
             last = computation.get(name)
-            while last.opcode in _SAME and last.operands and last.opcode != "get-tuple-element":
+            while _moves(last) and last.opcode != "get-tuple-element":
                 last = computation.get(last.operands[0])
             if self._is_carry(computation, last) and last.nbytes >= _slice_bytes(update):
                 return "carried", last
@@ -137,6 +142,11 @@ class Origins:
             ):
                 return True
         return False
+
+
+def _moves(i: Instruction) -> bool:
+    """Whether its result is its first operand, moved. A sliced prefetch ends in a ConcatBitcast."""
+    return bool(i.operands) and (i.opcode in _SAME or "ConcatBitcast" in i.rest)
 
 
 def _slice_bytes(update: Instruction) -> int:

@@ -65,12 +65,12 @@ class Work:
             source = computation.get(fusion.operands[number])
             whole = source.hbm_bytes if source else 0
             if whole:
-                part = self._read_bytes(inner, parameter.name)
+                part = self.read_bytes(inner, parameter.name)
                 total += whole if part is None else min(whole, part)
         written = fusion.hbm_bytes
         return total + (min(written, self._written_bytes(inner, inner.root)) if written else 0)
 
-    def _read_bytes(self, computation: Computation, name: str) -> int | None:
+    def read_bytes(self, computation: Computation, name: str) -> int | None:
         """Bytes of `name` that its users read; None if one of them reads all of it."""
         if name == computation.root:
             return None
@@ -81,11 +81,11 @@ class Work:
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 part = 0
             elif user.opcode == "bitcast":
-                part = self._read_bytes(computation, user.name)
+                part = self.read_bytes(computation, user.name)
             elif user.opcode == "fusion":
                 inner = self.program.computations[user.called]
                 parameter = inner.parameters[user.operands.index(name)]
-                part = self._read_bytes(inner, parameter.name)
+                part = self.read_bytes(inner, parameter.name)
             else:
                 part = None
             if part is None:
