@@ -16,6 +16,7 @@ from pathlib import Path
 from lemur_jax.errors import LemurError
 
 EXIT_BAD_INPUT = 2
+EXIT_DOES_NOT_FIT = 3  # lemur plan
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
 
@@ -30,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; the exit status: 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    """Runs one sub-command; the exit status: 0 done, 2 bad input, 3 a plan does not fit, 143 stopped
+    by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, bindings = _parse(argv)
@@ -98,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
     train.add_argument("--process", type=int, help="number of this one, from 0, with HOST:PORT")
 
+    plan = command("plan", _plan, "compile a run for a TPU slice that nobody holds, and report")
+    gin(plan)
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="e.g. v4-512, v5e-256, 2xv4-256"
+    )
+    plan.add_argument(
+        "--program", default="train", help="of train,evaluate,prefill,decode; default: train"
+    )
+    plan.add_argument("--json", metavar="F", help="where the figures go")
+    plan.add_argument("--save", metavar="DIR", help="keep the executables, for train --compiled")
+    plan.add_argument("--cache", metavar="DIR", help="default: ~/.cache/lemur_jax/plan")
+    plan.add_argument("--rows", type=int, help="of a batch of prefill and decode")
+    plan.add_argument("--prompt_tokens", type=int, help="of prefill")
+    plan.add_argument("--cache_tokens", type=int, help="of decode")
+
     convert = command("convert", _convert, "convert weights: Hugging Face <-> lemur_jax")
     convert.add_argument("source", metavar="SRC", help="run, checkpoint or Hugging Face directory")
     convert.add_argument("target", metavar="DST", help="new directory")
@@ -148,16 +165,21 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace, bindings: list[str]) -> int:
-    from lemur_jax import config, settings
+def _config_classes() -> list[type]:
+    from lemur_jax import config
 
-    classes = [
+    return [
         kind
         for kind in vars(config).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     ]
+
+
+def _train(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+
     _check_process_flags(options)
-    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, classes)
+    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, _config_classes())
     _join_processes(options)
     if options.dry_run:
         _dry_run(run, text)
@@ -234,6 +256,33 @@ def _dry_run(run, text: str) -> None:
     }.items():
         table.add_row(name, value)
     console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------
+# plan
+# ---------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+    from lemur_jax.plan import libtpu
+
+    libtpu.prepare()  # before jax looks for its backends
+    from lemur_jax.plan import command
+
+    run, _ = settings.load(
+        config.TrainConfig, options.gin_file, bindings, _config_classes(), command.UNUSED
+    )
+    paths = {name: getattr(options, name) for name in ("json", "save", "cache")}
+    asked = command.Options(
+        topology=options.topology,
+        program=command.program_names(options.program),
+        rows=options.rows,
+        prompt_tokens=options.prompt_tokens,
+        cache_tokens=options.cache_tokens,
+        **{name: Path(path) if path else None for name, path in paths.items()},
+    )
+    return 0 if command.plan(run, asked) else EXIT_DOES_NOT_FIT
 
 
 # ---------------------------------------------------------------------------------------------

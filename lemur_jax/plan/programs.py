@@ -8,7 +8,6 @@ Dimension key: B batch, P prompt bucket, S cache bucket, V vocab (padded), C tok
 
 import dataclasses
 import functools
-import math
 import re
 import time
 from pathlib import Path
@@ -259,7 +258,7 @@ def program(
         return training.step(config, mesh)
     if name == "evaluate":
         return training.evaluation(config, mesh)
-    serving = serving or default_serving(config, mesh)
+    serving = serving or default_serving(config)
     if name == "prefill":
         return _prefill(config, mesh, serving)
     if name == "decode":
@@ -272,10 +271,10 @@ def program(
 # ---------------------------------------------------------------------------------------------
 
 
-def default_serving(config: TrainConfig, mesh: Mesh) -> Serving:
+def default_serving(config: TrainConfig) -> Serving:
     """Eight rows for each part of the mesh's batch axes, prompts of half the context, a full
-    cache."""
-    ways = math.prod(mesh.shape[a] for a in sharding.TABLE["batch"])
+    cache; `config` is resolved."""
+    ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
     length = config.data.sequence_length
     return Serving(batch=8 * ways, prompt=length // 2, cache=length)
 
