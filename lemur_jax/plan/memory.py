@@ -205,6 +205,8 @@ class _Naming:
         dims = set(shape.dims[1:])
         update = next((i for i in chain if i.opcode in _UPDATES), None)
         source, made = self.origins.stored(update) if update is not None else ("", None)
+        if source == "carried" and c.embed in dims:
+            return "layer input"
         if c.head_dim in dims and {c.heads, c.heads // t} & dims:
             kernel = source == "kernel" and "attention" in made.name
             return "attention output" if kernel else "queries"
@@ -215,7 +217,7 @@ class _Naming:
         if {c.mlp, c.mlp // t} & dims:
             return "MLP hidden"
         if c.embed in dims:
-            return "layer input" if source == "carried" else "MLP input"
+            return "MLP input"
         return str(shape)
 
 

@@ -135,7 +135,7 @@ class Origins:
         if home is None or depth == 0:
             return False
         for user in home[0].users[name]:
-            if user.opcode in opcodes:
+            if user.opcode in opcodes or (user.called or "").startswith(opcodes):
                 return True
             if user.opcode in (*_SAME, "tuple", "get-tuple-element") and self.reaches(
                 user.name, opcodes, depth - 1
