@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; the exit status: 0 done, 2 bad input, 3 a plan does not fit, 143 stopped
+    """Runs one sub-command; the exit status: 0 done, 2 bad input, 3 does not fit, 143 stopped
     by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -24,7 +24,7 @@ from lemur_jax.plan.slices import Slice
 from lemur_jax.train import ahead
 from lemur_jax.train import programs as training
 
-_KEPT = ("*buffer-assignment.txt", "*live-range.txt")  # of what the compiler dumps
+_KEPT = ("*after_optimizations-buffer-assignment*.txt", "*live-range*.txt")  # of a dump
 _SIZES = (
     "argument_bytes",
     "output_bytes",
@@ -105,7 +105,7 @@ def _write(entry: Path, work: Path, about: dict) -> None:
     """Puts a finished entry in place in one move: two processes may make the same one at once."""
     for path in (work / "dump").iterdir():
         if not any(path.match(kept) for kept in _KEPT):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (work / "program.json").write_text(json.dumps(about, indent=1) + "\n")
     if entry.exists():
         shutil.rmtree(entry)
