@@ -168,20 +168,7 @@ def make_mesh(config: TrainConfig, where: Slice) -> Mesh:
     Raises:
       ConfigError: the slice's axes cannot be laid out as this mesh.
     """
-    try:
-        return sharding.make_mesh(config.mesh, list(topology(where).devices))
-    except (NotImplementedError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        shape = "x".join(map(str, where.shape))
-        sizes = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(config.mesh).items())
-        raise ConfigError(
-            [
-                f"MeshConfig {sizes} cannot be laid over the {shape} chips of {where.name}: each "
-                f"mesh axis must be a product of whole sides of the slice, or of their factors "
-                f"(JAX: {str(error)[:200]})"
-            ]
-        ) from error
+    return sharding.make_mesh(config.mesh, list(topology(where).devices))
 
 
 def compile_program(
