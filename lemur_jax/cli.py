@@ -16,6 +16,7 @@ from pathlib import Path
 from lemur_jax.errors import LemurError
 
 EXIT_BAD_INPUT = 2
+EXIT_DOES_NOT_FIT = 3  # lemur plan
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
 
@@ -30,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; the exit status: 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    """Runs one sub-command; the exit status: 0 done, 2 bad input, 3 does not fit, 143 stopped
+    by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, bindings = _parse(argv)
@@ -90,10 +92,28 @@ def _parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="print config, sizes, mesh and memory, then stop"
     )
     train.add_argument(
+        "--compiled", metavar="DIR", help="run the programs that `lemur plan --save=DIR` compiled"
+    )
+    train.add_argument(
         "--coordinator", help="HOST:PORT of process 0, or 'auto' on a TPU pod or SLURM"
     )
     train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
     train.add_argument("--process", type=int, help="number of this one, from 0, with HOST:PORT")
+
+    plan = command("plan", _plan, "compile a run for a TPU slice that nobody holds, and report")
+    gin(plan)
+    plan.add_argument(
+        "--topology", required=True, metavar="NAME", help="e.g. v4-512, v5e-256, 2xv4-256"
+    )
+    plan.add_argument(
+        "--program", default="train", help="of train,evaluate,prefill,decode; default: train"
+    )
+    plan.add_argument("--json", metavar="F", help="where the figures go")
+    plan.add_argument("--save", metavar="DIR", help="keep the executables, for train --compiled")
+    plan.add_argument("--cache", metavar="DIR", help="default: ~/.cache/lemur_jax/plan")
+    plan.add_argument("--rows", type=int, help="of a batch of prefill and decode")
+    plan.add_argument("--prompt_tokens", type=int, help="of prefill")
+    plan.add_argument("--cache_tokens", type=int, help="of decode")
 
     convert = command("convert", _convert, "convert weights: Hugging Face <-> lemur_jax")
     convert.add_argument("source", metavar="SRC", help="run, checkpoint or Hugging Face directory")
@@ -145,23 +165,28 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------
 
 
-def _train(options: argparse.Namespace, bindings: list[str]) -> int:
-    from lemur_jax import config, settings
+def _config_classes() -> list[type]:
+    from lemur_jax import config
 
-    classes = [
+    return [
         kind
         for kind in vars(config).values()
         if isinstance(kind, type) and dataclasses.is_dataclass(kind)
     ]
+
+
+def _train(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+
     _check_process_flags(options)
-    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, classes)
+    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, _config_classes())
     _join_processes(options)
     if options.dry_run:
         _dry_run(run, text)
         return 0
     from lemur_jax.train import loop
 
-    result = loop.train(run, text)
+    result = loop.train(run, text, options.compiled and Path(options.compiled))
     return 0 if result.finished else EXIT_TERMINATED
 
 
@@ -195,9 +220,9 @@ def _dry_run(run, text: str) -> None:
     from rich.table import Table
 
     from lemur_jax import sharding
-    from lemur_jax.model.attention import describe, resolve_implementation
+    from lemur_jax.model.attention import describe
+    from lemur_jax.train import programs
     from lemur_jax.train.estimate import estimate
-    from lemur_jax.train.loss import resolve_implementation as resolve_loss
 
     console = Console()
     console.print(text, markup=False, highlight=False)
@@ -210,10 +235,7 @@ def _dry_run(run, text: str) -> None:
         sequence_length=run.data.sequence_length,
     )
     backend = jax.default_backend()
-    attention = resolve_implementation(run.model, backend)
-    run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
-    loss = resolve_loss(run.loss, jax.devices()[0])
-    run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, implementation=loss))
+    run = programs.resolve(run, jax.devices()[0])
     sizes = estimate(run, mesh)
     table = Table("what", "value", title="dry run: nothing was allocated, compiled or written")
     gib = 2**30
@@ -224,7 +246,7 @@ def _dry_run(run, text: str) -> None:
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
         "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
         "attention": describe(run.model, mesh.sequence),
-        "loss": loss,
+        "loss": run.loss.implementation,
         "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
         "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",
         "gradients, GiB a device": f"{sizes.gradient_bytes / gib:.3f}",
@@ -234,6 +256,33 @@ def _dry_run(run, text: str) -> None:
     }.items():
         table.add_row(name, value)
     console.print(table)
+
+
+# ---------------------------------------------------------------------------------------------
+# plan
+# ---------------------------------------------------------------------------------------------
+
+
+def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+    from lemur_jax.plan import libtpu
+
+    libtpu.prepare()  # before jax looks for its backends
+    from lemur_jax.plan import command
+
+    run, _ = settings.load(
+        config.TrainConfig, options.gin_file, bindings, _config_classes(), command.UNUSED
+    )
+    paths = {name: getattr(options, name) for name in ("json", "save", "cache")}
+    asked = command.Options(
+        topology=options.topology,
+        program=command.program_names(options.program),
+        rows=options.rows,
+        prompt_tokens=options.prompt_tokens,
+        cache_tokens=options.cache_tokens,
+        **{name: Path(path) if path else None for name, path in paths.items()},
+    )
+    return 0 if command.plan(run, asked) else EXIT_DOES_NOT_FIT
 
 
 # ---------------------------------------------------------------------------------------------

@@ -451,6 +451,8 @@ class TrainConfig:
         run has no checkpoint of its own; None starts from random weights.
       seed: of the parameter initialisation.
       steps_per_log: steps between lines of metrics.
+      compiler_options: XLA's, "name=value" each, for the step and the evaluation. Values are
+        spelled as the accelerator's compiler reads them (TPU: "true").
     """
 
     run_dir: str
@@ -467,9 +469,19 @@ class TrainConfig:
     init_from: str | None = None
     seed: int = 0
     steps_per_log: int = 10
+    compiler_options: tuple[str, ...] = ()
 
     def __post_init__(self):
         problems = _positive(self, "steps", "micro_batches", "steps_per_log")
+        names = [option.partition("=")[0] for option in self.compiler_options]
+        for option, name in zip(self.compiler_options, names):
+            if not name or "=" not in option:
+                problems.append(
+                    f"TrainConfig.compiler_options: {option!r} must be 'name=value', e.g. "
+                    "'xla_tpu_enable_async_collective_fusion=true'"
+                )
+            elif names.count(name) > 1:
+                problems.append(f"TrainConfig.compiler_options sets {name} twice: keep one")
         if not self.run_dir:
             problems.append("TrainConfig.run_dir is empty: give the directory of this run")
         if not problems and self.data.batch_size % self.micro_batches:

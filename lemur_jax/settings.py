@@ -12,7 +12,7 @@ import io
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def load(
-    root: type, files: Sequence[str], bindings: Sequence[str], classes: Sequence[type]
+    root: type,
+    files: Sequence[str],
+    bindings: Sequence[str],
+    classes: Sequence[type],
+    unused: Mapping[str, Any] | None = None,
 ) -> tuple[Any, str]:
     """Builds `root` from gin.
 
@@ -51,6 +55,8 @@ def load(
         including file, then in the repository's configs/.
       bindings: "NAME=VALUE" strings of --gin.NAME=VALUE; they win over every file.
       classes: all dataclasses that gin may set, `root` among them.
+      unused: {"Class.field": value} of fields that the caller will not look at: they need not be
+        set, and macros that nothing else uses need not be either.
 
     Returns:
       The config, and gin text that is enough to build it again.
@@ -59,7 +65,7 @@ def load(
       ConfigError: with every problem found, each naming where it was written.
     """
     known = {cls.__name__: cls for cls in classes}
-    reading = _Reading(known)
+    reading = _Reading(known, unused or {})
     for name in files:
         reading.read_file(name, "--gin_file")
     for binding in bindings:
@@ -76,6 +82,8 @@ def load(
         gin.parse_config(_structure(known))
         for text in reading.sources:
             gin.parse_config(text)
+        for name, value in (unused or {}).items():
+            gin.bind_parameter(name, value)
         _check_leaves(root, known)
         config = gin.get_configurable(root.__name__)()
         return config, _without_comments(gin.operative_config_str())
@@ -127,13 +135,14 @@ def _near(name: str, names: Sequence[str]) -> str:
 class _Reading:
     """The first reading: statements with their places, and everything wrong with them."""
 
-    def __init__(self, known: dict[str, type]):
+    def __init__(self, known: dict[str, type], unused: Mapping[str, Any]):
         self.known = known
+        self.unused = set(unused)
         self.problems: list[str] = []
         self.sources: list[str] = []  # texts for gin, includes expanded, in order
         self._bound: dict[tuple[str, str, str], str] = {}  # (scope, class, field) -> place
         self._macros: dict[str, tuple[Any, str]] = {}  # name -> (value, place)
-        self._used: list[tuple[_Reference, str]] = []
+        self._used: list[tuple[_Reference, str, bool]] = []  # the last: it must have a value
 
     def read_file(self, name: str, asked_by: str, beside: Path | None = None) -> None:
         """Reads a file and, in place, the files it includes."""
@@ -190,7 +199,8 @@ class _Reading:
 
     def _check_binding(self, statement: Any, where: str) -> None:
         scope, selector, field, value = statement[:4]
-        self._used += [(ref, where) for ref in _references(value)]
+        needed = f"{selector}.{field}" not in self.unused
+        self._used += [(ref, where, needed) for ref in _references(value)]
         if not field:  # a macro: NAME = value
             self._macros[selector] = (value, where)
             if selector in self.known or "." in selector:
@@ -215,7 +225,9 @@ class _Reading:
     def check_references(self) -> None:
         """Macros that nobody set, references to nothing, scopes that nothing refers to."""
         seen = set()
-        for ref, where in self._used:
+        for ref, where, needed in self._used:
+            if not needed:
+                continue
             if ref.is_macro and ref.name not in seen and ref.name != "gin.REQUIRED":
                 seen.add(ref.name)
                 value, place = self._macros.get(ref.name, (_Reference("gin.REQUIRED", True), where))
@@ -227,12 +239,12 @@ class _Reading:
             elif not ref.is_macro and ref.name.rsplit("/", 1)[-1] not in self.known:
                 hint = _near(ref.name, list(self.known))
                 self.problems.append(f"{where}: unknown reference @{ref.name}{hint}")
-        used_macros = {ref.name for ref, _ in self._used if ref.is_macro}
+        used_macros = {ref.name for ref, *_ in self._used if ref.is_macro}
         for name, (_, where) in self._macros.items():
             if name not in used_macros:
                 hint = _near(name, sorted(used_macros))
                 self.problems.append(f"{where}: macro {name} is set but nothing uses it{hint}")
-        scopes = {ref.name.rsplit("/", 1)[0] for ref, _ in self._used if "/" in ref.name}
+        scopes = {ref.name.rsplit("/", 1)[0] for ref, *_ in self._used if "/" in ref.name}
         for (scope, cls, field), where in self._bound.items():
             if scope and scope not in scopes:
                 self.problems.append(
@@ -257,6 +269,7 @@ class _Reading:
                     field.default is dataclasses.MISSING
                     and field.default_factory is dataclasses.MISSING
                     and (cls.__name__, field.name) not in bound
+                    and f"{cls.__name__}.{field.name}" not in self.unused
                 ):
                     name = f"{cls.__name__}.{field.name}"
                     self.problems.append(

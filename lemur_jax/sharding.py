@@ -5,6 +5,7 @@ where they lie. A logical axis that is not in the table is an error: a renamed w
 replicated in silence.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -56,20 +57,44 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
       devices: all of the job's devices; `jax.devices()` when None.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the sizes do not multiply to the number of devices, or a TPU's axes cannot be
+        laid out as this mesh.
     """
     devices = list(jax.devices()) if devices is None else devices
     sizes = resolve_mesh(config, len(devices))
     inner = tuple(getattr(sizes, axis) for axis in MESH_AXES)
-    if sizes.dcn_data > 1:
-        by_process = not hasattr(devices[0], "slice_index")  # hosts stand in for slices off-TPU
-        grid = mesh_utils.create_hybrid_device_mesh(
-            inner, (sizes.dcn_data, 1, 1, 1, 1), devices=devices, process_is_granule=by_process
-        )
-    else:
-        grid = mesh_utils.create_device_mesh(inner, devices=devices)
+    try:
+        grid = _grid(inner, sizes.dcn_data, devices, split=False)
+    except NotImplementedError:  # a TPU's sides (16 x 16) do not multiply to the sizes (64 x 4)
+        grid = _split_grid(inner, sizes, devices)
     # Auto: the compiler propagates; Explicit axes reject gathers that carry no annotation.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _grid(inner: tuple[int, ...], slices: int, devices: list, split: bool) -> np.ndarray:
+    """Devices in mesh order. On a TPU each mesh axis is made of whole sides of the slice, so that
+    its groups are rings of neighbours, or with `split` of parts of sides: lines of neighbours."""
+    options = {"devices": devices, "allow_split_physical_axes": split}
+    if slices == 1:
+        return mesh_utils.create_device_mesh(inner, **options)
+    by_process = not hasattr(devices[0], "slice_index")  # hosts stand in for slices off-TPU
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, (slices, 1, 1, 1, 1), process_is_granule=by_process, **options
+    )
+
+
+def _split_grid(inner: tuple[int, ...], sizes: MeshConfig, devices: list) -> np.ndarray:
+    try:
+        return _grid(inner, sizes.dcn_data, devices, split=True)
+    except NotImplementedError as error:
+        sides = [1 + max(axis) for axis in zip(*(device.coords for device in devices))]
+        shown = ", ".join(f"{name}={size}" for name, size in dataclasses.asdict(sizes).items())
+        raise ConfigError(
+            [
+                f"MeshConfig {shown} cannot be laid over a slice of {'x'.join(map(str, sides))} "
+                "chips: make each size a product of its sides or of their factors"
+            ]
+        ) from error
 
 
 def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:

@@ -161,3 +161,12 @@ def test_every_model_preset_loads():
     for path in presets:
         classes = [config.RopeConfig, config.ModelConfig]
         settings.load(config.ModelConfig, [str(path)], [], classes)
+
+
+def test_fields_that_the_caller_will_not_look_at(run_file):
+    """Red if `unused` fields or their macros were demanded, or a wrong field came through."""
+    unused = {"TrainConfig.run_dir": "-"}
+    loaded, _ = settings.load(config.TrainConfig, [str(run_file)], [], CLASSES, unused)
+    assert loaded.run_dir == "-"
+    with pytest.raises(config.ConfigError, match=r"did you mean 'steps'"):
+        settings.load(config.TrainConfig, [str(run_file)], ["TrainConfig.step=1"], CLASSES, unused)

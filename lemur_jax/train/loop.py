@@ -18,14 +18,12 @@ from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
-from lemur_jax.model.attention import describe, resolve_implementation
+from lemur_jax.model.attention import describe
+from lemur_jax.train import ahead, programs, saved
 from lemur_jax.train import metrics as run_metrics
-from lemur_jax.train import saved
-from lemur_jax.train.loss import loss_sums
-from lemur_jax.train.loss import resolve_implementation as resolve_loss
-from lemur_jax.train.optimizer import optimizer, schedule
+from lemur_jax.train.optimizer import optimizer
 from lemur_jax.train.progress import StepProgress, StopRequest
-from lemur_jax.train.step import Metrics, make_step
+from lemur_jax.train.step import Metrics
 
 SKIP_REASONS = {1: "loss or gradient is not finite", 2: "gradient norm is a spike"}
 
@@ -51,15 +49,17 @@ class RunResult:
     unigram_entropy: dict[str, float]
 
 
-def train(config: TrainConfig, operative_config: str) -> RunResult:
+def train(config: TrainConfig, operative_config: str, compiled: Path | None = None) -> RunResult:
     """Runs or resumes `config.run_dir` until `config.steps`, or until SIGTERM.
 
     Args:
       config: the run.
       operative_config: gin text that builds `config` again; saved with every checkpoint.
+      compiled: directory of `lemur plan --save`, whose programs are run instead of compiling.
 
     Raises:
       ConfigError: before anything is traced or written.
+      CompiledError: what lies in `compiled` is for another run, machine or version.
       CheckpointError: a save or restore failed.
       TrainingStoppedError: too many skipped steps in a row.
     """
@@ -77,18 +77,13 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
         rows=rows,
         sequence_length=config.data.sequence_length,
     )
-    attention = resolve_implementation(config.model, jax.default_backend())
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, attention=attention)
-    )
-    loss = resolve_loss(config.loss, jax.devices()[0])
-    config = dataclasses.replace(config, loss=dataclasses.replace(config.loss, implementation=loss))
+    config = programs.resolve(config, jax.devices()[0])
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     report(
         f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
         f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
     )
-    report(f"loss: {loss}")
+    report(f"loss: {config.loss.implementation}")
 
     # ----- data ------------------------------------------------------------------------------
     pipeline = Pipeline(config.data)
@@ -123,16 +118,9 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
         )
 
     # ----- step ------------------------------------------------------------------------------
-    rate = schedule(config.optimizer, config.steps)
-    step_fn = jax.jit(
-        make_step(transform, rate, config.optimizer, config.loss, config.explicit_gradients),
-        donate_argnums=0,
-    )
-
-    @jax.jit
-    def eval_fn(model, batch):
-        return loss_sums(model, jax.tree.map(lambda x: x[0], batch), config.loss)
-
+    if first_step < config.steps:
+        step_fn = _program("train", config, mesh, compiled, report)
+        eval_fn = _program("evaluate", config, mesh, compiled, report)
     peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
     report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
     progress = StepProgress(
@@ -192,6 +180,20 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     if primary:
         report(f"loss curve: {run_metrics.plot_losses(run_dir, entropy)}")
     return RunResult(step, step >= config.steps, held_out, entropy)
+
+
+def _program(
+    name: str, config: TrainConfig, mesh: Mesh, saved_in: Path | None, report: Callable
+) -> jax.stages.Compiled:
+    """A program of the run, compiled here or ahead of time. The step must be in `saved_in`."""
+    program = {"train": programs.step, "evaluate": programs.evaluation}[name](config, mesh)
+    if saved_in is not None:
+        if name == "train" or (saved_in / name).exists():
+            loaded = ahead.load(saved_in / name, ahead.facts(name, config, mesh, program))
+            report(f"{name}: compiled ahead of time, {saved_in / name}")
+            return loaded
+        report(f"{name}: not in {saved_in}, compiled here")
+    return programs.compiled(program, mesh, programs.options(config))
 
 
 def device_batch(pipeline: Pipeline, step: int, micro_batches: int, rows: int, mesh: Mesh) -> Batch:

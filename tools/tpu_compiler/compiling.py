@@ -2,24 +2,16 @@
 
 import base64
 import dataclasses
-import importlib.util
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lemur_jax.plan import libtpu
 from tpu_compiler import scopes
 from tpu_compiler.bundles import Kernel, dumped, read_kernel
 from tpu_compiler.topology import chip_named, one_device
-
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v4-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 
 class CompileError(Exception):
@@ -54,19 +46,14 @@ class Compiled:
 
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec("libtpu") is None:
-        return "libtpu is not installed; pip install libtpu==0.0.42.1 (Python 3.11, jax 0.10.2)"
-    return None
+    return libtpu.missing()
 
 
 def start(dump: Path) -> None:
     """Prepares this process: environment, dump folder, scopes. Call before anything touches JAX's
     backends; the dump folder is the process's for good, as libtpu reads its flags once."""
-    if reason := missing():
-        raise RuntimeError(reason)
+    libtpu.prepare()
     dump.mkdir(parents=True, exist_ok=True)
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     flags = [
         f"--xla_jf_dump_to={dump}",
         "--xla_jf_dump_llo_text=true",

@@ -1,0 +1,178 @@
+"""`lemur plan`: compiles a run's programs for a slice that nobody holds, and reports."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.errors import LemurError
+from lemur_jax.plan import cache, fit, libtpu, programs, report
+from lemur_jax.plan.analysis import analyse
+from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused, Serving
+from lemur_jax.plan.slices import Slice, slice_named
+from lemur_jax.train import ahead
+
+# Fields that no program depends on: a recipe may leave them to the run.
+UNUSED = {"TrainConfig.run_dir": "-", "DataConfig.path": "-", "TrainConfig.init_from": None}
+SAVED = ("train", "evaluate")  # what `lemur train --compiled` can run
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Flags of `lemur plan`.
+
+    Attributes:
+      topology: name of the slice.
+      program: names in PROGRAMS.
+      json: file for the figures; None: none.
+      save: directory for the executables; None: none.
+      cache: directory of compiled programs; None: cache.default_directory().
+      rows, prompt_tokens, cache_tokens: shapes of prefill and decode; None: default_serving.
+    """
+
+    topology: str
+    program: tuple[str, ...] = ("train",)
+    json: Path | None = None
+    save: Path | None = None
+    cache: Path | None = None
+    rows: int | None = None
+    prompt_tokens: int | None = None
+    cache_tokens: int | None = None
+
+    def __post_init__(self):
+        problems = [
+            f"--program={name!r} is unknown; legal: {', '.join(PROGRAMS)}"
+            for name in self.program
+            if name not in PROGRAMS
+        ]
+        for flag in ("rows", "prompt_tokens", "cache_tokens"):
+            value = getattr(self, flag)
+            if value is not None and value < 1:
+                problems.append(f"--{flag}={value} must be a positive integer")
+        if problems:
+            raise ConfigError(problems)
+
+
+def plan(config: TrainConfig, options: Options, console: Console | None = None) -> bool:
+    """Compiles, prints, writes what was asked for.
+
+    Returns:
+      Whether every program fits.
+
+    Raises:
+      ConfigError, CompilerMissing: bad input, before anything is compiled.
+      CompileRefused: for another reason than memory.
+    """
+    console = console or Console()
+    where = slice_named(options.topology)
+    if options.save is not None and options.save.exists() and any(options.save.iterdir()):
+        raise LemurError(f"--save={options.save} is not empty: give a new directory")
+    libtpu.prepare()
+    config = programs.resolve(config, where)
+    console.print(where.description(), highlight=False)
+    serving = _serving(config, where, options)
+    results = []
+    for name in options.program:
+        shapes = serving if name in ("prefill", "decode") else None
+        results.append(_one(config, where, name, shapes, options, console))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(f"wrote {options.json}", highlight=False)
+    return all(result["fits"] for result in results)
+
+
+def _serving(config: TrainConfig, where: Slice, options: Options) -> Serving | None:
+    if not {"prefill", "decode"} & set(options.program):
+        return None
+    made = programs.default_serving(config)
+    flags = {"batch": options.rows, "prompt": options.prompt_tokens, "cache": options.cache_tokens}
+    given = {field: value for field, value in flags.items() if value is not None}
+    made = dataclasses.replace(made, **given)
+    ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
+    if made.batch % ways:
+        raise ConfigError(
+            [
+                f"--rows={made.batch} must divide by MeshConfig data*fsdp*dcn_data={ways}: e.g. "
+                f"{ways * max(1, round(made.batch / ways))}"
+            ]
+        )
+    return made
+
+
+def _one(
+    config: TrainConfig,
+    where: Slice,
+    name: str,
+    serving: Serving | None,
+    options: Options,
+    console: Console,
+) -> dict[str, Any]:
+    """One program: its page, and its figures for JSON."""
+
+    def compiled(config, where, name, serving, *, executable=False) -> Compiled:
+        return cache.compile_cached(
+            config, where, name, serving, options.cache, executable=executable
+        )
+
+    keep = options.save is not None and name in SAVED
+    started = time.monotonic()
+    try:
+        with console.status(f"compiling {name} for {where.name}"):
+            made = compiled(config, where, name, serving, executable=keep)
+    except CompileRefused as refusal:
+        if refusal.exceeded_bytes is None:
+            raise
+        console.print(f"[bold]{name}[/bold]: does not fit: {refusal.reason()}", highlight=False)
+        return {
+            "program": name,
+            "topology": where.name,
+            "fits": False,
+            "needed_bytes": refusal.needed_bytes,
+            "usable_bytes": refusal.usable_bytes,
+            "words": refusal.words,
+            "fix": _fix(config, where, name, serving, compiled, console),
+        }
+    found = analyse(made, serving)
+    report.show(console, found)
+    console.print(
+        f"{name}: {time.monotonic() - started:.0f} s, of which the compiler "
+        f"{made.seconds:.0f} s" + (" (kept from before)" if made.executable is None else ""),
+        highlight=False,
+    )
+    if keep:
+        _save(options.save / name, made)
+        console.print(f"wrote {options.save / name}", highlight=False)
+    return report.as_json(found)
+
+
+def _fix(config, where, name, serving, compile_program, console: Console) -> str | None:
+    """Looks for the smallest change that fits, and says it."""
+
+    def tried(change: str, verdict: str) -> None:
+        console.print(f"  with {change}: {verdict}", markup=False, highlight=False)
+
+    with console.status("looking for the smallest change that fits"):
+        found = fit.smallest_fix(config, where, name, serving, compile_program, tried)
+    if found is None:
+        console.print("No change that was tried fits: take a larger slice or a smaller model.")
+        return None
+    change, _ = found
+    console.print(f"The smallest change that fits: {change.text}", markup=False, highlight=False)
+    return change.text
+
+
+def _save(directory: Path, made: Compiled) -> None:
+    mesh = programs.make_mesh(made.config, made.where)
+    program = programs.program(made.config, mesh, made.name)
+    facts = ahead.facts(made.name, made.config, mesh, program)
+    ahead.save(directory, made.executable, facts)
+
+
+def program_names(text: str) -> Sequence[str]:
+    """`train,decode` as names."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
