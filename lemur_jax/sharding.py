@@ -124,6 +124,11 @@ def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
+def batch_ways(mesh: MeshConfig) -> int:
+    """How many ways a mesh of resolved sizes splits the rows of a batch."""
+    return mesh.dcn_data * mesh.data * mesh.fsdp_outer * mesh.fsdp
+
+
 def _mesh_axes(logical: str, mesh_shape: dict[str, int], size: int | None) -> tuple[str, ...]:
     if logical not in TABLE:
         raise KeyError(
@@ -353,7 +358,7 @@ def check(
             f"divide the other; legal tensor: {', '.join(map(str, legal))}"
         )
     if rows is not None:
-        ways = mesh.data * fsdp * mesh.dcn_data
+        ways = batch_ways(mesh)
         if rows % ways:
             below, above = rows - rows % ways, rows + ways - rows % ways
             problems.append(

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lemur_jax import sharding
 from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import cache, fit, libtpu, programs, report
@@ -93,11 +94,12 @@ def _serving(config: TrainConfig, where: Slice, options: Options) -> Serving | N
     flags = {"batch": options.rows, "prompt": options.prompt_tokens, "cache": options.cache_tokens}
     given = {field: value for field, value in flags.items() if value is not None}
     made = dataclasses.replace(made, **given)
-    ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
+    ways = sharding.batch_ways(config.mesh)
     if made.batch % ways:
         raise ConfigError(
             [
-                f"--rows={made.batch} must divide by MeshConfig data*fsdp*dcn_data={ways}: e.g. "
+                f"--rows={made.batch} must divide by MeshConfig "
+                f"data*fsdp_outer*fsdp*dcn_data={ways}: e.g. "
                 f"{ways * max(1, round(made.batch / ways))}"
             ]
         )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from lemur_jax import sharding
 from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
 from lemur_jax.plan.programs import Compiled, CompileRefused, Serving
 from lemur_jax.plan.slices import Slice, shapes, slice_named
@@ -76,12 +77,12 @@ def changes(
         smaller = max(SMALLEST_CHUNK, chunk // 4)
         savers.append((f"LossConfig.chunk_tokens={smaller}", _loss(chunk_tokens=smaller)))
     if name == "train":
-        remat = config.model.remat
-        if remat in ("none", "dots"):
-            yield change("ModelConfig.remat='named'", _model(remat="named")(config))
-        if remat != "full":
-            savers.append(("ModelConfig.remat='full'", _model(remat="full")))
-        ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
+        if config.model.remat in ("none", "dots"):
+            yield change(*_remat(config, saved=("kv", "attention", "mlp_residual")))
+        if config.model.remat != "full":
+            full = _model(remat="full", remat_saved=(), remat_offloaded=())
+            savers.append(("ModelConfig.remat='full'", full))
+        ways = sharding.batch_ways(config.mesh)
         for factor in (2, 4, 8):
             micro = config.micro_batches * factor
             if config.data.batch_size % (micro * ways) == 0:
@@ -91,7 +92,7 @@ def changes(
     for text, mesh in _meshes(config):
         yield change(text, dataclasses.replace(config, mesh=mesh))
     if name == "train":
-        yield change("ModelConfig.remat='offload'", _model(remat="offload")(config))
+        yield change(*_remat(config, offloaded=("layer_input", "attention")))
     # The last saver of each setting is its strongest.
     strongest = {text.split("=")[0]: (text, apply) for text, apply in savers}
     smallest, texts = config, []
@@ -108,6 +109,16 @@ def _loss(**fields) -> Callable[[TrainConfig], TrainConfig]:
 
 def _model(**fields) -> Callable[[TrainConfig], TrainConfig]:
     return lambda c: dataclasses.replace(c, model=dataclasses.replace(c.model, **fields))
+
+
+def _remat(
+    config: TrainConfig, saved: tuple[str, ...] = (), offloaded: tuple[str, ...] = ()
+) -> tuple[str, TrainConfig]:
+    """Text and config of remat="named" with these lists."""
+    lists = {"remat_saved": saved, "remat_offloaded": offloaded}
+    text = ", ".join(f"ModelConfig.{field}={names!r}" for field, names in lists.items() if names)
+    changed = _model(remat="named", **lists)(config)
+    return f"ModelConfig.remat='named', {text}", changed
 
 
 def _micro_batches(count: int) -> Callable[[TrainConfig], TrainConfig]:
@@ -135,7 +146,7 @@ def _serving(
     config: TrainConfig, where: Slice, name: str, serving: Serving | None
 ) -> Iterator[Change]:
     """Fewer rows, a wider tensor axis, a shorter cache."""
-    ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
+    ways = sharding.batch_ways(config.mesh)
     for factor in (2, 4, 8):
         if serving.batch % (factor * ways) == 0:
             fewer = dataclasses.replace(serving, batch=serving.batch // factor)

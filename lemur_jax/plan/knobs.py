@@ -3,7 +3,10 @@ owners and rows. It ranks what to try; only compiling says what fits."""
 
 import dataclasses
 
-from lemur_jax.config import TrainConfig
+import jax.numpy as jnp
+
+from lemur_jax import sharding
+from lemur_jax.config import ACTIVATION_NAMES, TrainConfig
 from lemur_jax.plan import cost as cost_model
 from lemur_jax.plan import memory as owners
 from lemur_jax.plan.cost import Cost, Row
@@ -50,7 +53,7 @@ def knobs(config: TrainConfig, memory: Memory, cost: Cost) -> list[Knob]:
     """
     found = []
     count, mesh = config.micro_batches, config.mesh
-    rows = config.data.batch_size // count // (mesh.data * mesh.fsdp * mesh.dcn_data)
+    rows = config.data.batch_size // count // sharding.batch_ways(mesh)
     if count % 2 == 0:
         found.append(_micro_batches(count, count // 2, memory, cost))
     if rows % 2 == 0:
@@ -99,63 +102,75 @@ def _micro_batches(now: int, then: int, memory: Memory, cost: Cost) -> Knob:
     )
 
 
-def saved_bytes(config: TrainConfig, rows: int) -> float:
-    """Bytes that remat "named" keeps beyond the layer inputs, on one device."""
+def activation_bytes(config: TrainConfig, rows: int) -> dict[str, float]:
+    """Bytes of each of config.ACTIVATION_NAMES over all layers, on one device."""
     c, t = config.model, config.mesh.tensor
-    tokens = rows * config.data.sequence_length / config.mesh.sequence
-    width = 2 if c.dtype != "float32" else 4
-    kv_heads = max(c.kv_heads // t, 1)
-    features = 2 * c.heads // t * c.head_dim + 2 * kv_heads * c.head_dim + c.embed
-    return tokens * c.layers * (width * features + 4 * c.heads // t)
+    tokens = c.layers * rows * config.data.sequence_length / config.mesh.sequence
+    width = jnp.dtype(c.dtype).itemsize
+    heads, kv_heads = c.heads / t, max(c.kv_heads / t, 1)
+    return {
+        "layer_input": tokens * width * c.embed,
+        "q": tokens * width * heads * c.head_dim,
+        "kv": tokens * width * 2 * kv_heads * c.head_dim,
+        "attention": tokens * (width * heads * c.head_dim + 4 * heads),
+        "mlp_residual": tokens * width * c.embed,
+        "gate": tokens * width * c.mlp / t,
+        "up": tokens * width * c.mlp / t,
+    }
+
+
+def _recomputation_seconds(config: TrainConfig, rows: int, cost: Cost) -> dict[str, float]:
+    """Seconds of a step in which the backward pass makes each activation again, when it is not
+    kept but what it is made of is: at the present rate of the products and of the kernel."""
+    c = config.model
+    products = [r for r in cost.rows if r.flops and r.kind != cost_model.KERNEL]
+    rate = sum(r.times * r.seconds for r in products) / sum(r.times * r.flops for r in products)
+    kernels = [r for r in cost.rows if r.kind == cost_model.KERNEL]
+    kernels = [r for r in kernels if "attention_forward" in r.name]
+    kept = "attention" in c.remat_saved + c.remat_offloaded
+    forward = sum(r.times * r.seconds for r in kernels) / (1 if kept else 2)
+    tokens = config.micro_batches * rows * config.data.sequence_length / config.mesh.sequence
+    per_weight = 2 * tokens * c.layers * rate / config.mesh.tensor
+    return {
+        "q": per_weight * c.embed * c.heads * c.head_dim,
+        "kv": per_weight * c.embed * 2 * c.kv_heads * c.head_dim,
+        "attention": forward,
+        "mlp_residual": per_weight * c.embed * c.heads * c.head_dim,
+        "gate": per_weight * c.embed * c.mlp,
+        "up": per_weight * c.embed * c.mlp,
+    }
 
 
 def _remat(config: TrainConfig, rows: int, memory: Memory, cost: Cost) -> list[Knob]:
-    """full <-> named <-> offload: what the named activations take, and what they save."""
+    """Each activation's next place: recomputed -> saved, saved -> offloaded, and back."""
     c = config.model
-    if c.remat not in ("full", "named", "offload"):
+    if c.remat not in ("full", "named"):
         return []
-    kept = saved_bytes(config, rows)
-    saved = _recomputed_seconds(config, cost)
-    # HBM bytes, host bytes, seconds of recomputation relative to "full"
-    states = {"full": (0.0, 0.0, 0.0), "named": (kept, 0.0, -saved), "offload": (0.0, kept, -saved)}
-    here = states[c.remat]
+    sizes, seconds = activation_bytes(config, rows), _recomputation_seconds(config, rows, cost)
     found = []
-    for policy, there in states.items():
-        if policy == c.remat:
-            continue
-        hbm, host, seconds = (b - a for a, b in zip(here, there, strict=True))
-        why = f"keeps {kept / GIB:.1f} GiB of q, k, v, attention output and MLP input"
-        if policy == "offload":
-            traffic = 2 * kept * config.micro_batches
-            step = cost.step_seconds(3, True)
-            why += f" on the host: {traffic / GIB / step:.1f} GiB/s each way and device"
-        change = f"{c.remat} -> {policy}"
-        found.append(Knob("ModelConfig.remat", change, hbm, host, (seconds, seconds), why))
+    for name in ACTIVATION_NAMES:
+        size, again = sizes[name], seconds.get(name, 0.0)
+        lists = {"saved": c.remat_saved, "offloaded": c.remat_offloaded}
+        now = next((place for place, names in lists.items() if name in names), "recomputed")
+        if name == "layer_input" and now != "offloaded":
+            now = "saved"
+        traffic = size * config.micro_batches / cost.step_seconds(3, True) / GIB
+        why = f"{size / GIB:.1f} GiB"
+        if now == "recomputed":
+            found.append(_place(name, now, "saved", size, 0.0, -again, why))
+        elif now == "saved":
+            offload = f"{why}, {traffic:.1f} GiB/s each way and device"
+            found.append(_place(name, now, "offloaded", -size, size, 0.0, offload))
+            if again:
+                found.append(_place(name, now, "recomputed", -size, 0.0, again, why))
+        else:
+            found.append(_place(name, now, "saved", size, -size, 0.0, why))
     return found
 
 
-def _recomputed_seconds(config: TrainConfig, cost: Cost) -> float:
-    """Seconds in which "full" recomputes what "named" keeps: the attention kernel, the products of
-    q, k, v and of the output projection; "named" recomputes the gate and the up product still."""
-    c = config.model
-    again = [r for r in cost.rows if cost_model.is_recomputed(r.op_name) and r.recomputed]
-    kernel = sum(r.times * r.seconds for r in again if r.kind == cost_model.KERNEL)
-    products = sum(
-        r.times * r.seconds * r.recomputed / r.flops
-        for r in cost.rows
-        if r.recomputed and r.kind != cost_model.KERNEL
-    )
-    heads = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    share = heads / (heads + 2 * c.embed * c.mlp)
-    if c.remat == "full":
-        return kernel + share * products
-    # Only gate and up are recomputed now: scale them to what full would add.
-    forward = sum(
-        r.times * r.seconds
-        for r in cost.rows
-        if r.kind == cost_model.KERNEL and "attention_forward" in r.op_name
-    )
-    return forward + products * share / (1 - share)
+def _place(name, now, then, hbm, host, seconds, why) -> Knob:
+    change = f"{name}: {now} -> {then}"
+    return Knob("ModelConfig.remat_saved, remat_offloaded", change, hbm, host, (seconds,) * 2, why)
 
 
 def _loss_chunk(config: TrainConfig, rows: int, chunk: int, memory: Memory) -> Knob:

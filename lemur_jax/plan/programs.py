@@ -261,7 +261,7 @@ def program(
 def default_serving(config: TrainConfig) -> Serving:
     """Eight rows for each part of the mesh's batch axes, prompts of half the context, a full
     cache; `config` is resolved."""
-    ways = config.mesh.data * config.mesh.fsdp * config.mesh.dcn_data
+    ways = sharding.batch_ways(config.mesh)
     length = config.data.sequence_length
     return Serving(batch=8 * ways, prompt=length // 2, cache=length)
 
