@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------
 
 
-def _config_classes() -> list[type]:
+def config_classes() -> list[type]:
     from lemur_jax import config
 
     return [
@@ -179,7 +179,7 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
     from lemur_jax import config, settings
 
     _check_process_flags(options)
-    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, _config_classes())
+    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, config_classes())
     _join_processes(options)
     if options.dry_run:
         _dry_run(run, text)
@@ -271,7 +271,7 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
     from lemur_jax.plan import command
 
     run, _ = settings.load(
-        config.TrainConfig, options.gin_file, bindings, _config_classes(), command.UNUSED
+        config.TrainConfig, options.gin_file, bindings, config_classes(), command.UNUSED
     )
     paths = {name: getattr(options, name) for name in ("json", "save", "cache")}
     asked = command.Options(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from lemur_jax.train import ahead
 
 # Fields that no program depends on: a recipe may leave them to the run.
 UNUSED = {"TrainConfig.run_dir": "-", "DataConfig.path": "-", "TrainConfig.init_from": None}
+FILE_WIDTH = 160  # columns of a page that no terminal shows
 SAVED = ("train", "evaluate")  # what `lemur train --compiled` can run
 
 
@@ -69,7 +71,7 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
       ConfigError, CompilerMissing: bad input, before anything is compiled.
       CompileRefused: for another reason than memory.
     """
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     where = slice_named(options.topology)
     if options.save is not None and options.save.exists() and any(options.save.iterdir()):
         raise LemurError(f"--save={options.save} is not empty: give a new directory")
