@@ -114,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--rows", type=int, help="of a batch of prefill and decode")
     plan.add_argument("--prompt_tokens", type=int, help="of prefill")
     plan.add_argument("--cache_tokens", type=int, help="of decode")
+    plan.add_argument(
+        "--search", action="store_true", help="find mesh, micro-batches, remat and flags"
+    )
+    plan.add_argument("--output", metavar="F.gin", help="of --search: the winner")
+    plan.add_argument("--search_minutes", type=float, default=12.0)
+    plan.add_argument("--jobs", type=int, default=3, help="of --search: compilers at a time")
+    plan.add_argument(
+        "--host_gib_per_s", type=float, default=8.0, help="of --search: for offloading; 0: none"
+    )
 
     convert = command("convert", _convert, "convert weights: Hugging Face <-> lemur_jax")
     convert.add_argument("source", metavar="SRC", help="run, checkpoint or Hugging Face directory")
@@ -273,13 +282,15 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
     run, _ = settings.load(
         config.TrainConfig, options.gin_file, bindings, config_classes(), command.UNUSED
     )
-    paths = {name: getattr(options, name) for name in ("json", "save", "cache")}
+    paths = {name: getattr(options, name) for name in ("json", "save", "cache", "output")}
+    looking = ("search", "search_minutes", "jobs", "host_gib_per_s")
     asked = command.Options(
         topology=options.topology,
         program=command.program_names(options.program),
         rows=options.rows,
         prompt_tokens=options.prompt_tokens,
         cache_tokens=options.cache_tokens,
+        **{name: getattr(options, name) for name in looking},
         **{name: Path(path) if path else None for name, path in paths.items()},
     )
     return 0 if command.plan(run, asked) else EXIT_DOES_NOT_FIT

@@ -74,8 +74,8 @@ def table(budgets) -> str:
     """Markdown: HBM, host, seconds, tokens a second."""
     gib = 2**30
     lines = [
-        "| recipe | HBM, GiB (usable) | host, GiB | FLOPs of the model's | s, 3 axes: hidden / exposed "
-        "| s, 1 axis | tokens/s |",
+        "| recipe | HBM, GiB (usable) | host, GiB | FLOPs of the model's "
+        "| s, 3 axes: hidden / exposed | s, 1 axis | tokens/s |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, b in budgets.items():

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from lemur_jax import sharding
-from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
 from lemur_jax.errors import LemurError
-from lemur_jax.plan import cache, fit, libtpu, programs, report
+from lemur_jax.plan import cache, fit, libtpu, programs, report, search
 from lemur_jax.plan.analysis import analyse
 from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused, Serving
 from lemur_jax.plan.slices import Slice, slice_named
@@ -36,6 +36,10 @@ class Options:
       save: directory for the executables; None: none.
       cache: directory of compiled programs; None: cache.default_directory().
       rows, prompt_tokens, cache_tokens: shapes of prefill and decode; None: default_serving.
+      search: look for the fastest configuration instead of compiling the given one.
+      search_minutes: no compilation starts after these. jobs: compilers at a time.
+      host_gib_per_s: that offloading may use of a device's link to its host, each way; 0: none.
+      output: gin file of the winner; None: hardware_<slice>.gin.
     """
 
     topology: str
@@ -46,6 +50,11 @@ class Options:
     rows: int | None = None
     prompt_tokens: int | None = None
     cache_tokens: int | None = None
+    search: bool = False
+    search_minutes: float = 12.0
+    jobs: int = 3
+    host_gib_per_s: float = 8.0
+    output: Path | None = None
 
     def __post_init__(self):
         problems = [
@@ -57,6 +66,13 @@ class Options:
             value = getattr(self, flag)
             if value is not None and value < 1:
                 problems.append(f"--{flag}={value} must be a positive integer")
+        if self.jobs < 1:
+            problems.append(f"--jobs={self.jobs} must be a positive integer")
+        for flag in ("search_minutes", "host_gib_per_s"):
+            if getattr(self, flag) < 0:
+                problems.append(f"--{flag}={getattr(self, flag)} must not be negative")
+        if self.search and (self.program != ("train",) or self.save is not None):
+            problems.append("--search is of the train step alone: leave --program and --save out")
         if problems:
             raise ConfigError(problems)
 
@@ -76,6 +92,8 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
     if options.save is not None and options.save.exists() and any(options.save.iterdir()):
         raise LemurError(f"--save={options.save} is not empty: give a new directory")
     libtpu.prepare()
+    if options.search:
+        return _search(config, where, options, console)
     config = programs.resolve(config, where)
     console.print(where.description(), highlight=False)
     serving = _serving(config, where, options)
@@ -87,6 +105,36 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
         options.json.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"wrote {options.json}", highlight=False)
     return all(result["fits"] for result in results)
+
+
+def _search(config: TrainConfig, where: Slice, options: Options, console: Console) -> bool:
+    """Finds the fastest configuration that fits, writes its gin file and reports on it."""
+    output = options.output or Path(f"hardware_{where.name}.gin")
+    if output.exists():
+        raise LemurError(f"--output={output} exists: give a new file")
+    whole = MeshConfig(fsdp=where.devices // where.slices, dcn_data=where.slices)
+    config = programs.resolve(dataclasses.replace(config, mesh=whole), where)
+    console.print(where.description(), highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    started = time.monotonic()
+    results = search.search(
+        config,
+        where,
+        minutes=options.search_minutes,
+        jobs=options.jobs,
+        host_gib_per_s=options.host_gib_per_s,
+        cache=options.cache,
+        report=say,
+    )
+    minutes = (time.monotonic() - started) / 60
+    output.write_text(search.gin_text(results, where, minutes))
+    say(f"fastest: {search.line(results[0], where)}")
+    say(f"wrote {output} after {minutes:.1f} minutes")
+    _one(results[0].candidate.config, where, "train", None, options, console)
+    return True
 
 
 def _serving(config: TrainConfig, where: Slice, options: Options) -> Serving | None:
