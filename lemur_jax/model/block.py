@@ -143,7 +143,7 @@ class Block(nnx.Module):
         # not with heads, whose transposes to and from the attention kernel it folds into products.
         rows = (-1,) if weight.ndim == 2 else x.shape[:2]
         y = dense(x.reshape(*rows, size), weight.reshape(size, -1))
-        y = y.reshape(*x.shape[:2], *weight.shape[inputs:])
+        y = checkpoint_name(y, "product").reshape(*x.shape[:2], *weight.shape[inputs:])
         if hasattr(self, b):
             y = y + param.whole(getattr(self, b), dtype)
         return y

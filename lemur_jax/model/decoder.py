@@ -34,7 +34,8 @@ def remat(body, config: ModelConfig):
 
     chosen = {
         "full": None,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        # By name: jax's own policy for products does not see into a custom_vjp (block.dense).
+        "dots": policies.save_only_these_names("product"),
         "named": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=names(config.remat_saved),
             names_which_can_be_offloaded=names(config.remat_offloaded),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lemur_jax.config import TrainConfig
+from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import candidates as models
 from lemur_jax.plan.candidates import Candidate
@@ -56,6 +56,7 @@ def search(
     cache: Path | None,
     report: Callable[[str], None],
     compile_one: Callable[..., Result] | None = None,
+    pool: concurrent.futures.Executor | None = None,
 ) -> list[Result]:
     """Compiles the most promising candidates within a time; best first, refused ones last.
 
@@ -64,6 +65,7 @@ def search(
       minutes: no new compilation starts after these.
       jobs: compilers at a time; each needs a core and 3 GiB.
       report: told each verdict.
+      compile_one, pool: in place of compile_candidate and of processes (for tests).
 
     Raises:
       LemurError: nothing that was compiled fits.
@@ -74,7 +76,7 @@ def search(
         raise LemurError(f"no mesh of {where.devices} devices divides this model and batch")
     report(f"{len(every)} configurations divide; compiling the most promising of them")
     results: list[Result] = []
-    with _pool(jobs) as pool:
+    with pool or _pool(jobs) as pool:
 
         def compile_all(chosen: Iterable[Candidate]) -> None:
             running = {
@@ -155,6 +157,8 @@ def compile_candidate(candidate: Candidate, where: Slice, cache: Path | None) ->
         found = analyse(compile_cached(candidate.config, where, "train", None, cache))
     except CompileRefused as refusal:
         return Result(candidate, refusal.reason())
+    except ConfigError as error:  # the slice's sides cannot be laid out as this mesh
+        return Result(candidate, error.problems[0])
     return Result(candidate, None, found.needed_bytes, found.memory.host_bytes, found.interval)
 
 
