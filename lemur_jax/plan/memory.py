@@ -5,7 +5,6 @@ ours, from each buffer's origin and shape. What cannot be named is listed as suc
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 
@@ -136,8 +135,7 @@ class _Naming:
         self.program, self.model = program, model
         self.origins = Origins(program)
         self.tensor = mesh.get("tensor", 1)
-        shards = {1, *mesh.values(), mesh.get("fsdp", 1) * self.tensor, math.prod(mesh.values())}
-        self.weights = weight_shapes(model, shards)
+        self.weights = weight_shapes(model, mesh)
         self.vocab = {padded_vocab(model), padded_vocab(model) // self.tensor}
 
     def chain(self, value: Value) -> list[Instruction]:
@@ -242,19 +240,15 @@ def _working(origin: str) -> str:
     return WORKING + ("forward pass" if "jvp(" in origin else "the rest of the program")
 
 
-def weight_shapes(model: ModelConfig, shards: set[int]) -> set[tuple[int, ...]]:
+def weight_shapes(model: ModelConfig, mesh: Mapping[str, int]) -> set[tuple[int, ...]]:
     """Sorted dimensions, ones left out, that a weight of one layer, the table or the head can have
-    on a device: any of its dimensions divided by any of `shards`, heads merged with head_dim."""
+    on a device: its dimensions divided by axes of the mesh, heads merged with head_dim."""
     c, shapes = model, set()
-    e, h, k, d, f = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
-    for matrix in ((e, h, d), (e, k, d), (e, h * d), (e, k * d), (e, f), (e, padded_vocab(c))):
-        for at in range(len(matrix)):
-            for first in shards:
-                for second in shards if at else {1}:
-                    dims = list(matrix)
-                    if dims[0] % second or dims[at] % (first * (second if at == 0 else 1)):
-                        continue
-                    dims[0] //= second
-                    dims[at] //= first
-                    shapes.add(tuple(sorted(n for n in dims if n != 1)))
+    fsdp, tensor = mesh.get("fsdp", 1), mesh.get("tensor", 1)
+    embeds = {c.embed // n for n in (1, fsdp, tensor, fsdp * tensor) if c.embed % n == 0}
+    for e in embeds:
+        for n in {1, tensor}:
+            h, k, d = c.heads // n, max(c.kv_heads // n, 1), c.head_dim
+            others = ((h, d), (k, d), (h * d,), (k * d,), (c.mlp // n,), (padded_vocab(c) // n,))
+            shapes |= {tuple(sorted(m for m in (e, *other) if m != 1)) for other in others}
     return shapes
