@@ -107,7 +107,7 @@ def memory(
     owners: dict[str, int] = {}
     for buffer in found:
         owners[buffer.owner] = owners.get(buffer.owner, 0) + buffer.nbytes
-    owners[SCRATCH] = scratch
+    owners[SCRATCH] = owners.get(SCRATCH, 0) + scratch
     owners[GAPS] = assignment.total - scratch - named
     largest = sorted(owners.items(), key=lambda item: -item[1])
     return Memory(
