@@ -155,6 +155,54 @@ def test_dot_flops():
     assert work.product_flops(entry.get("c"), entry) == 2 * 4 * 8 * 32 * 16
 
 
+FUSIONS = """HloModule m, is_scheduled=true
+
+%bitcast (n: x) -> x {
+  %n = bf16[1,64,64]{2,1,0} parameter(0)
+  ROOT %flat = bf16[64,64]{1,0} bitcast(%n)
+}
+
+%product (x: x, y: x, z: x) -> x {
+  %x = bf16[64,64]{1,0} parameter(0)
+  %y = bf16[1,64,64]{2,1,0} parameter(1)
+  %z = bf16[8,64,64]{2,1,0} parameter(2)
+  %i = s32[] constant(0)
+  %inner = bf16[64,64]{1,0} fusion(%y), kind=kLoop, calls=%bitcast
+  %dot = bf16[64,64]{1,0} dot(%x, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
+metadata={op_name="jit(step)/checkpoint/rematted_computation/dot_general"}
+  %one = bf16[1,64,64]{2,1,0} reshape(%dot)
+  ROOT %stored = bf16[8,64,64]{2,1,0} dynamic-update-slice(%z, %one, %i, %i, %i)
+}
+
+%sliced (s: x) -> x {
+  %s = bf16[8,64,64]{2,1,0} parameter(0)
+  %j = s32[] constant(0)
+  ROOT %layer = bf16[1,64,64]{2,1,0} dynamic-slice(%s, %j, %j, %j), dynamic_slice_sizes={1,64,64}
+}
+
+ENTRY %main (a: x) -> x {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %b = bf16[1,64,64]{2,1,0} parameter(1)
+  %c = bf16[8,64,64]{2,1,0} parameter(2)
+  %fused = bf16[8,64,64]{2,1,0} fusion(%a, %b, %c), kind=kOutput, calls=%product, \
+metadata={op_name="jit(step)/transpose(jvp())/dynamic_update_slice"}
+  ROOT %part = bf16[1,64,64]{2,1,0} fusion(%fused), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_work_of_fusions(chip):
+    """Both operands are read whole, the stacked array is updated in place, and of a sliced one the
+    slice is read; the product's own origin says that it is recomputed. Red if a bitcast's reader is
+    not looked for, or the fusion's origin is taken."""
+    program = hlo.parse(FUSIONS)
+    entry, counts = program.computations["main"], work.Work(program)
+    assert counts.hbm_bytes(entry.get("fused"), entry) == 3 * 2 * 64 * 64
+    assert counts.hbm_bytes(entry.get("part"), entry) == 2 * 2 * 64 * 64
+    flops = predict(program, chip).flops(0.0)
+    assert flops.hardware == flops.recomputed == 2 * 64**3
+
+
 def kernel_call(name: str, result: str, operands: list[str], scope: str = "jvp()") -> hlo.Program:
     lines = [f"%p{n} = {shape} parameter({n})" for n, shape in enumerate(operands)]
     names = ", ".join(f"%p{n}" for n in range(len(operands)))
@@ -287,16 +335,18 @@ def test_findings(program, model, mesh):
 
 
 def test_findings_of_bad_habits(model):
-    """A float32 weight gathered, and a reduction of which a slice is kept. Red if the dtype is not
-    looked at, or slices are not followed."""
+    """A float32 weight gathered, and two reductions of which a quarter and three quarters are kept.
+    Red if the dtype is not looked at, slices are not followed, or any slice is too little."""
     program = text_of(
         [
             "%w = f32[256,4096]{1,0} parameter(0)",
             "%g = f32[1024,4096]{1,0} all-gather(%w), replica_groups=[1,4]<=[4], dimensions={0}",
             "%s = s32[] constant(0)",
             "%r = bf16[1024,4096]{1,0} all-reduce(%g), replica_groups=[1,4]<=[4], to_apply=%add",
-            "ROOT %d = bf16[256,4096]{1,0} dynamic-slice(%r, %s, %s), "
-            "dynamic_slice_sizes={256,4096}",
+            "%d = bf16[256,4096]{1,0} dynamic-slice(%r, %s, %s), dynamic_slice_sizes={256,4096}",
+            "%most = bf16[1024,4096]{1,0} all-reduce(%g), replica_groups=[1,4]<=[4], to_apply=%add",
+            "ROOT %e = bf16[768,4096]{1,0} dynamic-slice(%most, %s, %s), "
+            "dynamic_slice_sizes={768,4096}",
         ]
     )
     found = checks.findings(program, model, {"fsdp": 4})

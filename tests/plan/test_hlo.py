@@ -17,6 +17,7 @@ MODULE = """HloModule m, is_scheduled=true
   %next = s32[] add(%i, %one)
   %y = f32[4]{0} add(%x, %x), metadata={op_name="jit(f)/while/body/add"}
   ROOT %t = (s32[], f32[4]{0}) tuple(%next, %y)
+  %after = s32[] add(%next, %one)
 }
 
 %condition (q: (s32[], f32[4])) -> pred[] {

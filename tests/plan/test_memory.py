@@ -90,8 +90,8 @@ def test_peak_is_the_fullest_moment(assignment):
     ],
 )
 def test_arguments(op_name, owner):
-    """Names as JAX gives them to the arguments of the steps. Red if moments, whose paths hold the
-    model's names, are taken for parameters."""
+    """Names as JAX gives them to the arguments of the steps. Red if a word of the table
+    is lost, or a number in brackets ends a name."""
     assert memory.argument_owner(op_name) == owner
 
 
@@ -242,7 +242,8 @@ def test_texts_of_two_programs(texts):
 
 
 def test_host_memory_is_not_hbm():
-    """Red if color 5, or v4's CMEM (color 3), is added to the total."""
+    """Red if color 5, or v4's CMEM (color 3), is added to the total, or bytes that two values share
+    count twice."""
     text = "\n".join(
         [
             "BufferAssignment:",
@@ -253,13 +254,16 @@ def test_host_memory_is_not_hbm():
             "allocation 3: size 11, color 3, preallocated-temp:",
             "allocation 4: size 64, preallocated-temp:",
             " value: <2 b{1} (phi) @0> (size=40,offset=8): f32[10]{0}",
+            " value: <3 c @0> (size=16,offset=40): f32[4]{0}",
         ]
     )
-    found = buffers.read_assignment(text, "    b{1}:3-9\n")
+    found = buffers.read_assignment(text, "    b{1}:3-9\n    c{}:9-9\n")
     assert (found.total, found.temporary, found.host, found.constants) == (194, 64, 7, 30)
     assert found.parameters == {3: 100}
-    (only,) = found.values
+    only = found.values[0]
     assert (only.name, only.index, only.offset, only.first, only.last) == ("b", (1,), 8, 3, 9)
+    moment, live = found.peak()
+    assert (moment, [nbytes for _, nbytes in live]) == (9, [40, 8])  # c shares 8 bytes with b
 
 
 @pytest.fixture(scope="module")
