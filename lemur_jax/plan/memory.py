@@ -19,6 +19,7 @@ MU, NU = "moments (mu)", "moments (nu)"
 BATCH = "batch"
 STATE = "other state"
 CACHE = "KV cache"
+COPIED = ", copied"
 GRADIENTS = "gradients of a micro-batch"
 GRADIENT_SUM = "gradients, summed over micro-batches"
 GRADIENT_LAYER = "gradients at full size (a layer's, the head's)"
@@ -134,6 +135,7 @@ class _Naming:
     def __init__(self, program: Program, model: ModelConfig, mesh: Mapping[str, int]):
         self.program, self.model = program, model
         self.origins = Origins(program)
+        self.arguments = {i.name for i in program.computations[program.entry].parameters.values()}
         self.tensor = mesh.get("tensor", 1)
         self.weights = weight_shapes(model, mesh)
         self.vocab = {padded_vocab(model), padded_vocab(model) // self.tensor}
@@ -159,11 +161,10 @@ class _Naming:
         opcodes = {re.sub("-(start|done)$", "", i.opcode) for i in chain}
         if opcodes & {"all-gather"} or any(_carries_gather(i) for i in chain):
             return GATHERED if weight else BUFFERS
-        last = chain[-1] if chain else None
-        if last is not None and last.opcode == "parameter" and "." in last.op_name:
-            owner = argument_owner(last.op_name)
+        if chain and chain[-1].name in self.arguments:
+            owner = argument_owner(chain[-1].op_name)
             as_computed = owner == PARAMETERS and value.shape.dtype in _COMPUTE
-            return COMPUTE_WEIGHTS if as_computed else owner
+            return COMPUTE_WEIGHTS if as_computed else owner + COPIED
         if weight and (kind := self._gradient(value, chain)):
             return kind
         if opcodes & set(_COLLECTIVES):
