@@ -105,6 +105,9 @@ def transfer(
     payload = max(s.nbytes for s in collective.shapes) if start else collective.nbytes
     if opcode == "reduce-scatter" and not start:
         payload *= size
+    axes = group_axes(groups, mesh)
+    if opcode == "collective-permute":  # its rings need not be all of what the axes span
+        axes = axes.split(" (")[0]
     channel = re.search(r"channel_id=(\d+)", collective.rest)
     routed = re.search(r"num_dims:(\d+) active_dims:(\d+)", collective.rest)
     return Transfer(
@@ -112,7 +115,7 @@ def transfer(
         dtype=max(collective.shapes, key=lambda s: s.nbytes).dtype,
         payload_bytes=payload,
         devices=size,
-        axes=group_axes(groups, mesh),
+        axes=axes,
         asynchronous=asynchronous,
         slices=_slices(groups, devices // slices),
         torus_axes=routed.group(2).count("1") if routed else 0,

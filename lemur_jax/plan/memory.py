@@ -30,8 +30,9 @@ LOGITS = "logits and probabilities"
 SAVED = "saved activations: "
 FETCHED = "activations fetched from the host"
 WORKING = "working set: "
+OUTPUTS = "outputs"
 GAPS = "gaps between buffers"
-SCRATCH = "outputs, constants, scratch"
+SCRATCH = "constants, scratch, small outputs"
 UNNAMED = "not attributed"
 
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -103,8 +104,13 @@ def memory(
         origin = naming.origin(value, chain)
         owner = naming.owner(value, chain, origin)
         found.append(Buffer(owner, value.name, str(value.shape or "tuple"), nbytes, origin))
+    found += [
+        Buffer(naming.output_owner(shape), "output", str(shape), nbytes, "")
+        for shape, nbytes in assignment.output_shapes
+    ]
     named = sum(buffer.nbytes for buffer in found)
-    scratch = assignment.outputs + assignment.constants + assignment.small
+    small_outputs = assignment.outputs - sum(n for _, n in assignment.output_shapes)
+    scratch = small_outputs + assignment.constants + assignment.small
     owners: dict[str, int] = {}
     for buffer in found:
         owners[buffer.owner] = owners.get(buffer.owner, 0) + buffer.nbytes
@@ -135,7 +141,15 @@ class _Naming:
     def __init__(self, program: Program, model: ModelConfig, mesh: Mapping[str, int]):
         self.program, self.model = program, model
         self.origins = Origins(program)
+        self.trains = any(
+            "transpose(" in i.op_name for c in program.computations.values() for i in c
+        )
         self.arguments = {i.name for i in program.computations[program.entry].parameters.values()}
+        self.caches = {
+            tuple(sorted(i.shapes[0].dims))
+            for i in program.computations[program.entry].parameters.values()
+            if argument_owner(i.op_name) == CACHE and len(i.shapes[0].dims) == 4
+        }
         self.tensor = mesh.get("tensor", 1)
         self.weights = weight_shapes(model, mesh)
         self.vocab = {padded_vocab(model), padded_vocab(model) // self.tensor}
@@ -165,17 +179,27 @@ class _Naming:
             owner = argument_owner(chain[-1].op_name)
             as_computed = owner == PARAMETERS and value.shape.dtype in _COMPUTE
             return COMPUTE_WEIGHTS if as_computed else owner + COPIED
-        if weight and (kind := self._gradient(value, chain)):
+        if weight and self.trains and (kind := self._gradient(value, chain)):
             return kind
         if opcodes & set(_COLLECTIVES):
             return BUFFERS
-        if value.shape.dims[0] == self.model.layers and len(value.shape.dims) > 2:
+        if not self.trains and tuple(sorted(value.shape.dims)) in self.caches:
+            return CACHE + COPIED
+        stacked = value.shape.dims[0] == self.model.layers and len(value.shape.dims) > 2
+        if self.trains and stacked:
             return SAVED + self.activation(value.shape, chain)
         if any(_fetches(i) for i in chain):
             return FETCHED
         if self.vocab & set(value.shape.dims):
             return LOGITS
-        return _working(origin)
+        return _working(origin, self.trains)
+
+    def output_owner(self, shape: Shape) -> str:
+        """Owner of an output that aliases no argument."""
+        if self.vocab & set(shape.dims):
+            return LOGITS
+        is_cache = len(shape.dims) == 4 and self.model.head_dim in shape.dims
+        return CACHE if is_cache else OUTPUTS
 
     def is_weight(self, shape: Shape) -> bool:
         """Whether a weight, of one layer or stacked, can have this shape on a device."""
@@ -231,9 +255,11 @@ def _fetches(i: Instruction) -> bool:
     return i.opcode.endswith("-start") and any(s.space == HOST for s in i.shapes)
 
 
-def _working(origin: str) -> str:
+def _working(origin: str, trains: bool) -> str:
     if not origin:
         return UNNAMED
+    if not trains:
+        return WORKING + "activations"
     if "rematted_computation" in origin:
         return WORKING + "recomputed activations of a layer"
     if "transpose(" in origin:

@@ -95,8 +95,13 @@ def test_arguments(op_name, owner):
     assert memory.argument_owner(op_name) == owner
 
 
-def naming(lines: list[str], model, mesh, body: list[str] | None = None):
-    """Names of a program of one entry computation."""
+META = 'metadata={{op_name="jit(step)/{}"}}'
+
+
+def naming(lines: list[str], model, mesh, trains: bool = True):
+    """Names of a program of one entry computation, which has a backward pass or not."""
+    if trains:
+        lines = [f"%back = f32[] constant(0), {META.format('transpose(jvp())/mul')}", *lines]
     entry = "\n".join(f"  {line}" for line in lines)
     text = f"HloModule m, is_scheduled=true\n\nENTRY %main () -> x {{\n{entry}\n}}\n"
     return memory._Naming(hlo.parse(text), model, mesh)
@@ -110,9 +115,6 @@ def value(name: str, shape: str, index=()) -> buffers.Value:
 def owner(names: memory._Naming, v: buffers.Value) -> str:
     chain = names.chain(v)
     return names.owner(v, chain, names.origin(v, chain))
-
-
-META = 'metadata={{op_name="jit(step)/{}"}}'
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,23 @@ def test_keys_and_attention_output(model, mesh):
     assert owner(names, value("u", keys)) == memory.SAVED + "keys and values"
 
 
+def test_programs_without_a_backward_pass(model, mesh):
+    """Decoding: eight rows are not eight layers, and nothing is saved. Red if a program that does
+    not train has saved activations or gradients, or a second cache is an activation."""
+    cache = "bf16[8,4096,2,128]"
+    lines = [
+        f'%k = {cache}{{0}} parameter(0), metadata={{op_name="state.cache.k[0]"}}',
+        f"%n = {cache}{{0}} negate(%k), {META.format('while/body/dynamic_update_slice')}",
+        f"ROOT %x = bf16[8,16,1024]{{0}} negate(%n), {META.format('dot_general')}",
+    ]
+    names = naming(lines, model, mesh, trains=False)
+    assert owner(names, value("n", cache)) == memory.CACHE + memory.COPIED
+    assert owner(names, value("x", "bf16[8,16,1024]")) == memory.WORKING + "activations"
+    assert names.output_owner(hlo.Shape("bf16", (8, 4096, 2, 128))) == memory.CACHE
+    assert names.output_owner(hlo.Shape("f32", (8, 32000))) == memory.LOGITS
+    assert names.output_owner(hlo.Shape("f32", (8, 4096))) == memory.OUTPUTS
+
+
 def test_loops_are_followed_both_ways(program):
     """A carry's place is what the body puts there; one that is passed on is what it began as. Red
     if either is taken for the other."""
@@ -249,6 +268,9 @@ def test_host_memory_is_not_hbm():
             "BufferAssignment:",
             "allocation 0: size 100, parameter 3, shape |f32[25]| at ShapeIndex {}:",
             "allocation 1: size 30, constant:",
+            "allocation 5: size 8192, maybe-live-out:",
+            " value: <6 d @0> (size=8192,offset=0): f32[2048]{0}",
+            " value: <7 e @0> (size=8192,offset=0): f32[2,8,128]{0}",
             "allocation 2: size 7, color 5, preallocated-temp:",
             " value: <1 a @5> (size=7,offset=0): f32[1]{0:S(5)}",
             "allocation 3: size 11, color 3, preallocated-temp:",
@@ -258,7 +280,8 @@ def test_host_memory_is_not_hbm():
         ]
     )
     found = buffers.read_assignment(text, "    b{1}:3-9\n    c{}:9-9\n")
-    assert (found.total, found.temporary, found.host, found.constants) == (194, 64, 7, 30)
+    assert (found.total, found.temporary, found.host, found.constants) == (8386, 64, 7, 30)
+    assert found.output_shapes == ((hlo.Shape("f32", (2, 8, 128)), 8192),)
     assert found.parameters == {3: 100}
     only = found.values[0]
     assert (only.name, only.index, only.offset, only.first, only.last) == ("b", (1,), 8, 3, 9)
