@@ -124,6 +124,28 @@ def transfer(
     )
 
 
+def between_slices(send: Instruction, mesh: Mapping[str, int], slices: int) -> Transfer | None:
+    """A collective between slices, which XLA leaves to the hosts as a send and a receive of what
+    each device has; None for another send."""
+    match = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.rest)
+    if not match:
+        return None
+    sent = send.shapes[0]
+    channel = re.search(r"channel_id=(\d+)", send.rest)
+    return Transfer(
+        opcode=match.group(1).lower().replace("_", "-"),
+        dtype=sent.dtype,
+        payload_bytes=sent.nbytes,
+        devices=slices,
+        axes=f"{next(iter(mesh))} (slices)",
+        asynchronous=True,
+        slices=slices,
+        torus_axes=0,
+        channel=int(channel.group(1)) if channel else 0,
+        op_name=send.op_name,
+    )
+
+
 def _slices(groups: Groups, per_slice: int) -> int:
     return max(len({device // per_slice for device in group}) for group in groups)
 

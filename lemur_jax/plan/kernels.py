@@ -83,9 +83,12 @@ def _attention(direction: str, chip: "Chip", length: int) -> KernelCosts:
         had = certificate.shape
         rows, ways = keys / length, keys / tokens  # ways: devices that share a row's queries
         work = rows * heads / had.heads * (length / had.seq) ** 2
-        # The last of them has (2 ways - 1) / ways^2 of the causal triangle: the others wait for it.
+        if direction == "backward":  # in spans of the keys, one call each: what dk holds of them
+            work *= call.shapes[1].dims[1] / keys
+        # The last of the devices has (2 ways - 1) / ways^2 of the triangle: the rest waits for it.
         scale = work * (2 * ways - 1) / ways**2
-        product = heads * head_dim * tokens * length  # one causal product: 2 FLOPs of half of T x T
+        # one causal product: 2 FLOPs of half of T x T
+        product = work * had.heads * head_dim * had.seq**2 / ways
         return KernelCost(
             seconds=1e3 * certificate.kcycles["causal"] * scale / chip.clock_hz,
             flops=(2 if direction == "forward" else 4) * product,

@@ -35,7 +35,14 @@ GAPS = "gaps between buffers"
 SCRATCH = "constants, scratch, small outputs"
 UNNAMED = "not attributed"
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVES = (
+    "recv",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 _REDUCED = ("all-reduce", "reduce-scatter")
 _REDUCTIONS = ("all-reduce", "reduce-scatter", "all-reduce-start", "reduce-scatter-start")
 _UPDATES = ("fusion", "dynamic-update-slice", "dynamic-update-slice-start")

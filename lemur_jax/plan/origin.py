@@ -5,7 +5,7 @@ from lemur_jax.plan.hlo import Computation, Instruction, Program
 _SAME = ("copy", "bitcast", "reshape", "transpose", "convert", "copy-done", "copy-start",
          "optimization-barrier", "opt-barrier", "get-tuple-element", "slice-start", "slice-done",
          "async-done", "async-start", "async-update", "call-done", "all-gather-done",
-         "all-reduce-done",
+         "all-reduce-done", "recv-done",
          "slice", "dynamic-slice", "dynamic-slice-start", "dynamic-slice-done",
          "dynamic-update-slice-done")  # fmt: skip
 

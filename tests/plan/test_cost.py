@@ -215,11 +215,13 @@ def kernel_call(name: str, result: str, operands: list[str], scope: str = "jvp()
     )
 
 
-def attention(name: str, rows: int, scope: str = "jvp()") -> hlo.Program:
+def attention(name: str, rows: int, scope: str = "jvp()", spans: int = 1) -> hlo.Program:
     tokens = 4096 * rows
     q, kv = f"bf16[64,{tokens},128]{{2,1,0}}", f"bf16[8,{tokens},128]{{2,1,0}}"
     operands = ["s32[]", "s32[36]{0}", q, kv, f"bf16[8,128,{tokens}]{{2,1,0}}", "s32[1,4096]{1,0}"]
-    return kernel_call(name, f"({q}, f32[64,1,{tokens}]{{2,1,0}})", operands, scope)
+    dk = f"bf16[8,{tokens // spans},128]{{2,1,0}}"
+    result = f"({q}, {dk}, {dk})" if "back" in name else f"({q}, f32[64,1,{tokens}]{{2,1,0}})"
+    return kernel_call(name, result, operands, scope)
 
 
 def predict(program, chip) -> cost.Cost:
@@ -241,6 +243,26 @@ def test_attention_kernels(chip, name, kcycles, products):
     assert flops.hardware == products * 3 * 64 * 128 * 4096**2
     again = {"forward": 0, "backward": 1, "online": 0}[name]
     assert flops.recomputed == again * 3 * 64 * 128 * 4096**2
+
+
+def test_backward_in_spans_of_the_keys(chip):
+    """Two calls make one backward pass. Red if each is charged for all of it."""
+    whole = predict(attention("lemur_attention_backward", 2), chip)
+    half = predict(attention("lemur_attention_backward", 2, spans=2), chip)
+    assert 2 * half.seconds_of(cost.KERNEL) == pytest.approx(whole.seconds_of(cost.KERNEL))
+    assert 2 * half.flops(0.0).hardware == whole.flops(0.0).hardware
+
+
+def test_queries_split_over_devices(chip):
+    """Four devices have a quarter of a row's queries each and all keys: the last one has 7/16 of
+    the triangle. Red if every device has a quarter."""
+    q, kv = "bf16[64,1024,128]{2,1,0}", "bf16[8,4096,128]{2,1,0}"
+    program = kernel_call("lemur_attention_forward", f"({q}, f32[64,1,1024]{{2,1,0}})", [q, kv, kv])
+    whole = predict(attention("lemur_attention_forward", 1), chip)
+    part = predict(program, chip)
+    ratio = part.seconds_of(cost.KERNEL) / whole.seconds_of(cost.KERNEL)
+    assert ratio == pytest.approx(7 / 16)
+    assert part.flops(0.0).hardware == whole.flops(0.0).hardware / 4
 
 
 def test_recomputed_kernels(chip):
@@ -326,6 +348,32 @@ def test_between_slices(chip):
     assert across.seconds(chip, 3) == pytest.approx(8192 / 6.25e9)
     inside = moved("all-reduce", "[2,8]<=[16]", "f32[2048]{0}", mesh, slices=2)
     assert (inside.axes, inside.slices) == ("fsdp", 1)
+
+
+def test_host_transfers_between_slices(chip):
+    """What libtpu makes of an all-reduce between two slices. Red if the send is memory traffic, or
+    the receive is charged again."""
+    program = text_of(
+        [
+            "%a = bf16[1024]{0} parameter(0)",
+            "%t = token[] after-all()",
+            "%s = (bf16[1024]{0}, u32[], token[]) send(%a, %t), channel_id=4, "
+            "is_host_transfer=true, "
+            'frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}',
+            "%r = (bf16[1024]{0}, u32[], token[]) recv(%t), channel_id=5, is_host_transfer=true",
+            "%sd = token[] send-done(%s), channel_id=4",
+            "ROOT %rd = (bf16[1024]{0}, token[]) recv-done(%r), channel_id=5",
+        ]
+    )
+    mesh = {"data": 2, "fsdp": 4}
+    found = cost.cost(program, chip, kernels.kernel_costs(chip, 4096), mesh, slices=2)
+    (traffic,) = found.collectives
+    assert (traffic.opcode, traffic.axes, traffic.asynchronous) == (
+        "all-reduce",
+        "data (slices)",
+        True,
+    )
+    assert found.interval == pytest.approx((2048 / 6.25e9, 2048 / 6.25e9))
 
 
 def test_findings(program, model, mesh):
