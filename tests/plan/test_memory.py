@@ -245,6 +245,38 @@ def test_outputs_are_owners(model, mesh):
     assert sum(found.owners.values()) == found.total == assignment.total
 
 
+def test_loop_that_only_moves_a_value():
+    """Fetched into fast memory and put back in each iteration. Red if following it ends in the
+    loop."""
+    text = """HloModule m, is_scheduled=true
+
+%body (p: x) -> x {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %fast = f32[8]{0:S(1)} copy(%x)
+  %back = f32[8]{0} copy(%fast)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%n, %back)
+}
+
+%condition (q: x) -> pred[] {
+  ROOT %q = (s32[], f32[8]{0}) parameter(0)
+}
+
+ENTRY %main (a: x) -> x {
+  %a = f32[8]{0} parameter(0), metadata={op_name="batch"}
+  %z = s32[] constant(0)
+  %init = (s32[], f32[8]{0}) tuple(%z, %a)
+  ROOT %loop = (s32[], f32[8]{0}) while(%init), condition=%condition, body=%body
+}
+"""
+    origins = origin.Origins(hlo.parse(text))
+    assert origins.chain("loop", (1,))[-1].op_name == "batch"
+    assert origins.chain("back")[-1].op_name == "batch"
+    body = origins.program.computations["body"]
+    assert origins.passed_on(body, 1) and origins.passed_on(body, 0)
+
+
 def test_calls_beside_the_rest_are_followed():
     """v7x: a SparseCore copies the batch. Red if the chain ends at the call."""
     text = """HloModule m, is_scheduled=true
