@@ -4,9 +4,12 @@ from lemur_jax.plan.hlo import Computation, Instruction, Program
 
 _SAME = ("copy", "bitcast", "reshape", "transpose", "convert", "copy-done", "copy-start",
          "optimization-barrier", "opt-barrier", "get-tuple-element", "slice-start", "slice-done",
-         "async-done", "async-start", "async-update", "all-gather-done", "all-reduce-done",
+         "async-done", "async-start", "async-update", "call-done", "all-gather-done",
+         "all-reduce-done", "recv-done",
          "slice", "dynamic-slice", "dynamic-slice-start", "dynamic-slice-done",
          "dynamic-update-slice-done")  # fmt: skip
+
+_CALLS = ("call-start", "async-start")  # v7x's SparseCores run whole computations beside the rest
 
 
 class Origins:
@@ -22,6 +25,12 @@ class Origins:
             if i.opcode == "while"
             for part in ("body", "condition")
         }
+        self._callers = {
+            i.called: (computation, i)
+            for computation in program.computations.values()
+            for i in computation
+            if i.opcode in _CALLS and i.called in program.computations
+        }
 
     def home(self, name: str) -> tuple[Computation, Instruction] | None:
         """The instruction of a name, and the computation that it is of."""
@@ -32,17 +41,32 @@ class Origins:
         """What a value is a copy of, nearest first: the instructions that only move, slice or
         convert it, and last the one that computed it. A value that a loop carries is what the
         loop's body puts in its place, or, if the body leaves it alone, what it began as."""
-        found, seen = [], set()
+        found, seen, starts = [], set(), []
         place = (name, index)
-        while place and place not in seen and len(found) < 60:
+        while place and len(found) < 60:
+            if place in seen:  # a loop that only moves it about: it is what it began as
+                if not starts:
+                    break
+                place = starts.pop()
+                continue
             seen.add(place)
             home = self.home(place[0])
             if home is None:
                 break
             computation, i = home
             found.append(i)
+            loop = self._loop_of(computation, i)
+            if loop is not None and place[1]:
+                starts.append((loop.operands[0], place[1]))
             place = self._before(computation, i, place[1])
         return found
+
+    def _loop_of(self, computation: Computation, i: Instruction) -> Instruction | None:
+        """The loop whose carry an instruction is."""
+        if i.opcode == "while":
+            return i
+        inside = i.opcode == "parameter" and computation.name in self._loops
+        return self._loops[computation.name][1] if inside else None
 
     def _before(self, computation: Computation, i: Instruction, index: tuple[int, ...]):
         if i.opcode == "get-tuple-element":
@@ -56,6 +80,10 @@ class Origins:
             body = self.program.computations[loop.attribute("body")]
             inside = self._carried(body, index)
             return inside if inside[0] in body.instructions else (loop.operands[0], index)
+        if i.opcode in _CALLS and i.called in self.program.computations:
+            return self.program.computations[i.called].root, ()
+        if i.opcode == "parameter" and computation.name in self._callers:
+            return self._callers[computation.name][1].operands[int(i.inside)], index
         if _moves(i):
             return i.operands[0], ()
         return self._through_fusion(i, index)
@@ -88,8 +116,12 @@ class Origins:
         return None
 
     def passed_on(self, body: Computation, place: int) -> bool:
-        """Whether a loop's body leaves a place of its carry as it is."""
-        return self._carried(body, (place,))[0] not in body.instructions
+        """Whether a loop's body leaves a place of its carry as it is, or only moves it about."""
+        root = body.instructions[body.root]
+        i = body.get(root.operands[place]) if root.opcode == "tuple" else None
+        while i is not None and _moves(i) and i.opcode != "get-tuple-element":
+            i = body.get(i.operands[0])
+        return self._is_carry(body, i) and int(i.attribute("index")) == place
 
     def stored(self, update: Instruction) -> tuple[str, Instruction | None]:
         """What a dynamic-update-slice, or a fusion that ends in one, stores: ("carried", its
@@ -135,7 +167,8 @@ class Origins:
         if home is None or depth == 0:
             return False
         for user in home[0].users[name]:
-            if user.opcode in opcodes or (user.called or "").startswith(opcodes):
+            inner = self.program.computations.get(user.called or "", ())
+            if user.opcode in opcodes or any(i.opcode in opcodes for i in inner):
                 return True
             if user.opcode in (*_SAME, "tuple", "get-tuple-element") and self.reaches(
                 user.name, opcodes, depth - 1
