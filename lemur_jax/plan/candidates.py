@@ -80,6 +80,9 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
     """
     found = []
     weights = param.size(decoder.abstract(config.model)).parameters
+    data = config.data
+    flops = flops_per_token(config.model, data.sequence_length) * data.batch_size
+    flops *= data.sequence_length
     for mesh, explicit in _meshes(config, where):
         ways = sharding.batch_ways(mesh)
         most = config.data.batch_size // ways
@@ -104,7 +107,7 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
                 sharding.check(model, mesh, rows=rows, sequence_length=length)
             except ConfigError:
                 continue
-            one = estimate(changed, where, weights)
+            one = estimate(changed, where, weights, flops)
             if one.host_bytes_per_s <= host_gib_per_s * GIB:
                 found.append(one)
     return sorted(found, key=lambda c: c.seconds)
@@ -137,8 +140,8 @@ def _outer(fsdp: int, where: Slice) -> int:
     return fsdp // side if side > 1 and fsdp % side == 0 and fsdp > side else 1
 
 
-def estimate(config: TrainConfig, where: Slice, weights: int) -> Candidate:
-    """The model of one configuration of a model with so many weights."""
+def estimate(config: TrainConfig, where: Slice, weights: int, flops: float) -> Candidate:
+    """The model of one configuration of so many weights and model FLOPs a step."""
     c, mesh, chip = config.model, config.mesh, where.chip
     ways = mesh.fsdp_outer * mesh.fsdp * mesh.tensor
     layer = weights / max(c.layers, 1)
@@ -157,9 +160,7 @@ def estimate(config: TrainConfig, where: Slice, weights: int) -> Candidate:
     logits = 2 * tokens * vocab
     hbm = state + saved + gathered + max(working + fetched, logits)
 
-    flops = flops_per_token(c, config.data.sequence_length) * config.data.batch_size
-    flops *= config.data.sequence_length / where.devices
-    products = flops * (1 + _recomputed(config)) / (chip.flops_per_s * PRODUCT_RATE)
+    products = flops / where.devices * (1 + _recomputed(config)) / (chip.flops_per_s * PRODUCT_RATE)
     sync, hidden = _collective_seconds(config, where, weights)
     seconds = products * (1 + MEMORY_BOUND) + sync + hidden / 2
     away_all = away * config.micro_batches

@@ -70,12 +70,12 @@ def search(
     Raises:
       LemurError: nothing that was compiled fits.
     """
-    until = time.monotonic() + 60 * minutes
     every = models.candidates(config, where, host_gib_per_s)
     if not every:
         raise LemurError(f"no mesh of {where.devices} devices divides this model and batch")
     report(f"{len(every)} configurations divide; compiling the most promising of them")
     results: list[Result] = []
+    until = time.monotonic() + 60 * minutes
     with pool or _pool(jobs) as pool:
 
         def compile_all(chosen: Iterable[Candidate]) -> None:
@@ -87,7 +87,7 @@ def search(
                 report(line(results[-1], where))
 
         waiting = short_list(every, where)
-        while waiting and time.monotonic() < until:
+        while waiting and (not results or time.monotonic() < until):
             compile_all(waiting[:ROUND])
             waiting = waiting[ROUND:]
             best = _best(results, where)

@@ -389,14 +389,20 @@ def test_knobs(settings, found, program, chip, mesh):
     assert more.hbm_bytes == -activations / 2
     assert fewer.seconds[0] < 0 < more.seconds[0]
     assert abs(fewer.seconds[1]) > abs(fewer.seconds[0])
-    named, offloaded = by_change["full -> named"], by_change["full -> offload"]
-    assert named.hbm_bytes == offloaded.host_bytes > 0 == offloaded.hbm_bytes
+    saved = by_change["q: recomputed -> saved"]
+    assert saved.hbm_bytes > 0 > saved.seconds[0]
+    away = by_change["layer_input: saved -> offloaded"]
+    assert away.host_bytes == -away.hbm_bytes > 0
     assert by_change["512 -> 256"].hbm_bytes == 0  # the fixture has no loss
     assert "GiB" in str(fewer) and "TrainConfig.micro_batches 2 -> 1" in str(fewer)
 
 
-def test_saved_bytes_by_hand(settings):
-    """q, o: 2 heads of 128; k, v: 2 of 128; MLP input 1024; bf16; and 2 f32. Red if tensor's share
-    is not taken."""
+def test_activation_bytes_by_hand(settings):
+    """Two heads and one kv head of 128, halves of the model's: red if tensor's share is not taken,
+    or lse is forgotten."""
     tokens = 4 * LENGTH * LAYERS
-    assert knobs.saved_bytes(settings, 4) == tokens * (2 * (4 * 2 * 128 + 1024) + 4 * 2)
+    sizes = knobs.activation_bytes(settings, 4)
+    assert sizes["q"] == tokens * 2 * 2 * 128
+    assert sizes["attention"] == tokens * (2 * 2 * 128 + 4 * 2)
+    assert sizes["kv"] == tokens * 2 * 2 * max(settings.model.kv_heads // TENSOR, 1) * 128
+    assert sizes["layer_input"] == tokens * 2 * settings.model.embed
