@@ -145,12 +145,6 @@ def resolve(config: TrainConfig, where: Slice) -> TrainConfig:
       ConfigError: mesh, batch or model do not divide; a named kernel does not exist there.
     """
     mesh = sharding.resolve_mesh(config.mesh, where.devices)
-    sharding.check(
-        config.model,
-        mesh,
-        rows=config.data.batch_size // config.micro_batches,
-        sequence_length=config.data.sequence_length,
-    )
     if mesh.dcn_data != where.slices:
         raise ConfigError(
             [
@@ -158,6 +152,12 @@ def resolve(config: TrainConfig, where: Slice) -> TrainConfig:
                 f"slice(s): set MeshConfig.dcn_data={where.slices}"
             ]
         )
+    sharding.check(
+        config.model,
+        mesh,
+        rows=config.data.batch_size // config.micro_batches,
+        sequence_length=config.data.sequence_length,
+    )
     device = topology(where).devices[0]
     return training.resolve(dataclasses.replace(config, mesh=mesh), device)
 
