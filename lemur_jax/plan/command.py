@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,7 +69,8 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
       ConfigError, CompilerMissing: bad input, before anything is compiled.
       CompileRefused: for another reason than memory.
     """
-    console = console or Console()
+    # A file or a pipe has no width, and rich would cut tables at 80 columns.
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     where = slice_named(options.topology)
     if options.save is not None and options.save.exists() and any(options.save.iterdir()):
         raise LemurError(f"--save={options.save} is not empty: give a new directory")
