@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lemur_jax.plan.hlo import HBM, HOST, HloError, Shape, shapes_in
 
+SMALL = 4096  # bytes: smaller outputs are counted, not named
+
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+),?(.*):$")
 _VALUE = re.compile(
     r" value: <(\d+) ([^{\s]+?)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> "
@@ -46,7 +48,8 @@ class Assignment:
 
     Attributes:
       parameters: by the number of the entry computation's parameter.
-      outputs: that alias no parameter. constants, small: what their names say; `small` is scratch
+      outputs: that alias no parameter; output_shapes: those of more than a few numbers, with their
+        bytes. constants, small: what their names say; `small` is scratch
         of computations that hold a few scalars.
       temporary: the one buffer that all temporaries share over time; values: what lies in it.
       host: temporaries in the host's memory.
@@ -54,6 +57,7 @@ class Assignment:
 
     parameters: dict[int, int]
     outputs: int
+    output_shapes: tuple[tuple[Shape, int], ...]
     constants: int
     small: int
     temporary: int
@@ -131,11 +135,11 @@ def read_assignment(assignment: str, live_ranges: str, places: str = "") -> Assi
     }
     parameters: dict[int, int] = {}
     sums = {"outputs": 0, "constants": 0, "small": 0, "temporary": 0, "host": 0}
-    values, base, inside = [], 0, False
+    values, shapes_out, base, inside, leaving = [], [], 0, False, 0
     for line in assignment.splitlines():
         if match := _ALLOCATION.match(line):
             size, kind = int(match.group(1)), match.group(2)
-            inside, base = False, sums["temporary"]
+            inside, leaving, base = False, 0, sums["temporary"]
             color = re.search(r"color (\d+)", kind)
             space = int(color.group(1)) if color else HBM
             number = re.search(r"parameter (\d+)", kind)
@@ -151,9 +155,16 @@ def read_assignment(assignment: str, live_ranges: str, places: str = "") -> Assi
                 sums["small"] += size
             elif "live-out" in kind:
                 sums["outputs"] += size
+                leaving = size
+                if size > SMALL:
+                    shapes_out.append((Shape("u8", (size,)), size))
             else:
                 sums["temporary"] += size
                 inside = True
+        elif leaving > SMALL and (match := _VALUE.match(line)):
+            shape = max(shapes_in(match.group(6)), key=lambda s: len(s.dims))
+            if len(shape.dims) > len(shapes_out[-1][0].dims):  # other views of it are flatter
+                shapes_out[-1] = (shape, leaving)
         elif inside and (match := _VALUE.match(line)):
             number, name, index, size, offset, shape = match.groups()
             key = (name, _index(index))
@@ -173,7 +184,7 @@ def read_assignment(assignment: str, live_ranges: str, places: str = "") -> Assi
             )
     if not parameters and not values:
         raise HloError("the text is no buffer assignment")
-    return Assignment(parameters, values=tuple(values), **sums)
+    return Assignment(parameters, values=tuple(values), output_shapes=tuple(shapes_out), **sums)
 
 
 def _index(text: str | None) -> tuple[int, ...]:

@@ -99,7 +99,7 @@ def held_gathers(
 ) -> Iterator[Finding]:
     """Gathered weights that a loop only passes on: they take HBM through all of its iterations,
     although each layer or micro-batch needs them once."""
-    origins, weights = Origins(program), weight_shapes(model, set(mesh.values()))
+    origins, weights = Origins(program), weight_shapes(model, mesh)
     for run in executions_of_loops(program):
         loop = run.instruction
         body = program.computations[loop.attribute("body")]

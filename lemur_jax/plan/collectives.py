@@ -105,6 +105,9 @@ def transfer(
     payload = max(s.nbytes for s in collective.shapes) if start else collective.nbytes
     if opcode == "reduce-scatter" and not start:
         payload *= size
+    axes = group_axes(groups, mesh)
+    if opcode == "collective-permute":  # its rings need not be all of what the axes span
+        axes = axes.split(" (")[0]
     channel = re.search(r"channel_id=(\d+)", collective.rest)
     routed = re.search(r"num_dims:(\d+) active_dims:(\d+)", collective.rest)
     return Transfer(
@@ -112,12 +115,34 @@ def transfer(
         dtype=max(collective.shapes, key=lambda s: s.nbytes).dtype,
         payload_bytes=payload,
         devices=size,
-        axes=group_axes(groups, mesh),
+        axes=axes,
         asynchronous=asynchronous,
         slices=_slices(groups, devices // slices),
         torus_axes=routed.group(2).count("1") if routed else 0,
         channel=int(channel.group(1)) if channel else 0,
         op_name=collective.op_name,
+    )
+
+
+def between_slices(send: Instruction, mesh: Mapping[str, int], slices: int) -> Transfer | None:
+    """A collective between slices, which XLA leaves to the hosts as a send and a receive of what
+    each device has; None for another send."""
+    match = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.rest)
+    if not match:
+        return None
+    sent = send.shapes[0]
+    channel = re.search(r"channel_id=(\d+)", send.rest)
+    return Transfer(
+        opcode=match.group(1).lower().replace("_", "-"),
+        dtype=sent.dtype,
+        payload_bytes=sent.nbytes,
+        devices=slices,
+        axes=f"{next(iter(mesh))} (slices)",
+        asynchronous=True,
+        slices=slices,
+        torus_axes=0,
+        channel=int(channel.group(1)) if channel else 0,
+        op_name=send.op_name,
     )
 
 

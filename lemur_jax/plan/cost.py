@@ -31,6 +31,7 @@ ASSUMPTIONS = (
     "collectives around rings at 90 % of the published link bandwidth; 3 axes: groups above 64 "
     "devices over three axes of the torus, above 16 over two; 1 axis: XLA's own rate",
     "hidden: asynchronous collectives overlap perfectly; exposed: not at all",
+    "between slices: each device's share of its host's network, one transfer at a time",
     "nothing is charged for dispatch, host transfers, stragglers or input",
 )
 
@@ -45,7 +46,7 @@ COPY = "asynchronous copy"
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all",
-    "partition-id", "replica-id", "iota", "opt-barrier",
+    "partition-id", "replica-id", "iota", "opt-barrier", "recv",
 )  # fmt: skip
 _NO_WORK = ("AllocateBuffer", "Sharding", "AssumeGatherIndicesInBound", "AddLhs", "ResizeTo")
 
@@ -200,6 +201,9 @@ def cost(
 def _collective(i: Instruction, work: Work, mesh, slices) -> "tuple[str, Transfer] | str | None":
     """The kind of row of a collective and what it moves; "done" for the end of one."""
     base = i.opcode.removesuffix("-start")
+    if base == "send":
+        moved = collectives.between_slices(i, mesh, slices)
+        return (ASYNC, moved) if moved else None
     if base in collectives.OPCODES:
         started = i.opcode.endswith("-start")
         moved = collectives.transfer(i, mesh, asynchronous=started, slices=slices)
@@ -232,7 +236,7 @@ def _row(run: Execution, work: Work, chip: "Chip", moved) -> Row:
     elif flops:
         kind = PRODUCT
     else:
-        kind = COPY if i.opcode.endswith("-start") else MEMORY
+        kind = COPY if i.opcode.endswith(("-start", "send")) else MEMORY
     return Row(
         name=i.name,
         kind=kind,

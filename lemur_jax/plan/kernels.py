@@ -73,16 +73,22 @@ def _attention(direction: str, chip: "Chip", length: int) -> KernelCosts:
         arrays = [s for s in arrays if s.dtype in ("bf16", "f32") and len(s.dims) == 3]
         if len(arrays) < 2:
             return None
-        (heads, tokens, head_dim), kv_heads = arrays[0].dims, arrays[1].dims[0]
-        rows, dtype = tokens / length, {"bf16": "bfloat16", "f32": "float32"}[arrays[0].dtype]
+        (heads, tokens, head_dim), (kv_heads, keys) = arrays[0].dims, arrays[1].dims[:2]
+        dtype = {"bf16": "bfloat16", "f32": "float32"}[arrays[0].dtype]
         wanted = shapes.Shape(chip.name, direction, dtype, head_dim, heads, kv_heads, length)
         try:
             certificate = shapes.certificate_for(wanted)
         except ValueError:
             return None  # the caller lists it as unknown
         had = certificate.shape
-        scale = rows * heads / had.heads * (length / had.seq) ** 2
-        product = heads * head_dim * tokens * length  # one causal product: 2 FLOPs of half of T x T
+        rows, ways = keys / length, keys / tokens  # ways: devices that share a row's queries
+        work = rows * heads / had.heads * (length / had.seq) ** 2
+        if direction == "backward":  # in spans of the keys, one call each: what dk holds of them
+            work *= call.shapes[1].dims[1] / keys
+        # The last of the devices has (2 ways - 1) / ways^2 of the triangle: the rest waits for it.
+        scale = work * (2 * ways - 1) / ways**2
+        # one causal product: 2 FLOPs of half of T x T
+        product = work * had.heads * head_dim * had.seq**2 / ways
         return KernelCost(
             seconds=1e3 * certificate.kcycles["causal"] * scale / chip.clock_hz,
             flops=(2 if direction == "forward" else 4) * product,

@@ -124,7 +124,10 @@ def _remat(config: TrainConfig, rows: int, memory: Memory, cost: Cost) -> list[K
         if policy == c.remat:
             continue
         hbm, host, seconds = (b - a for a, b in zip(here, there, strict=True))
-        why = f"keeps {kept / GIB:.1f} GiB of q, k, v, attention output and MLP input"
+        why = (
+            f"keeps {kept / GIB:.1f} GiB of q, k, v, attention output and MLP input; only the "
+            "recomputation is counted, not what the schedule makes of it"
+        )
         if policy == "offload":
             traffic = 2 * kept * config.micro_batches
             step = cost.step_seconds(3, True)

@@ -5,7 +5,6 @@ ours, from each buffer's origin and shape. What cannot be named is listed as suc
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 
@@ -20,6 +19,7 @@ MU, NU = "moments (mu)", "moments (nu)"
 BATCH = "batch"
 STATE = "other state"
 CACHE = "KV cache"
+COPIED = ", copied"
 GRADIENTS = "gradients of a micro-batch"
 GRADIENT_SUM = "gradients, summed over micro-batches"
 GRADIENT_LAYER = "gradients at full size (a layer's, the head's)"
@@ -30,11 +30,19 @@ LOGITS = "logits and probabilities"
 SAVED = "saved activations: "
 FETCHED = "activations fetched from the host"
 WORKING = "working set: "
+OUTPUTS = "outputs"
 GAPS = "gaps between buffers"
-SCRATCH = "outputs, constants, scratch"
+SCRATCH = "constants, scratch, small outputs"
 UNNAMED = "not attributed"
 
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVES = (
+    "recv",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
 _REDUCED = ("all-reduce", "reduce-scatter")
 _REDUCTIONS = ("all-reduce", "reduce-scatter", "all-reduce-start", "reduce-scatter-start")
 _UPDATES = ("fusion", "dynamic-update-slice", "dynamic-update-slice-start")
@@ -103,12 +111,17 @@ def memory(
         origin = naming.origin(value, chain)
         owner = naming.owner(value, chain, origin)
         found.append(Buffer(owner, value.name, str(value.shape or "tuple"), nbytes, origin))
+    found += [
+        Buffer(naming.output_owner(shape), "output", str(shape), nbytes, "")
+        for shape, nbytes in assignment.output_shapes
+    ]
     named = sum(buffer.nbytes for buffer in found)
-    scratch = assignment.outputs + assignment.constants + assignment.small
+    small_outputs = assignment.outputs - sum(n for _, n in assignment.output_shapes)
+    scratch = small_outputs + assignment.constants + assignment.small
     owners: dict[str, int] = {}
     for buffer in found:
         owners[buffer.owner] = owners.get(buffer.owner, 0) + buffer.nbytes
-    owners[SCRATCH] = scratch
+    owners[SCRATCH] = owners.get(SCRATCH, 0) + scratch
     owners[GAPS] = assignment.total - scratch - named
     largest = sorted(owners.items(), key=lambda item: -item[1])
     return Memory(
@@ -135,9 +148,17 @@ class _Naming:
     def __init__(self, program: Program, model: ModelConfig, mesh: Mapping[str, int]):
         self.program, self.model = program, model
         self.origins = Origins(program)
+        self.trains = any(
+            "transpose(" in i.op_name for c in program.computations.values() for i in c
+        )
+        self.arguments = {i.name for i in program.computations[program.entry].parameters.values()}
+        self.caches = {
+            tuple(sorted(i.shapes[0].dims))
+            for i in program.computations[program.entry].parameters.values()
+            if argument_owner(i.op_name) == CACHE and len(i.shapes[0].dims) == 4
+        }
         self.tensor = mesh.get("tensor", 1)
-        shards = {1, *mesh.values(), mesh.get("fsdp", 1) * self.tensor, math.prod(mesh.values())}
-        self.weights = weight_shapes(model, shards)
+        self.weights = weight_shapes(model, mesh)
         self.vocab = {padded_vocab(model), padded_vocab(model) // self.tensor}
 
     def chain(self, value: Value) -> list[Instruction]:
@@ -161,22 +182,31 @@ class _Naming:
         opcodes = {re.sub("-(start|done)$", "", i.opcode) for i in chain}
         if opcodes & {"all-gather"} or any(_carries_gather(i) for i in chain):
             return GATHERED if weight else BUFFERS
-        last = chain[-1] if chain else None
-        if last is not None and last.opcode == "parameter" and "." in last.op_name:
-            owner = argument_owner(last.op_name)
+        if chain and chain[-1].name in self.arguments:
+            owner = argument_owner(chain[-1].op_name)
             as_computed = owner == PARAMETERS and value.shape.dtype in _COMPUTE
-            return COMPUTE_WEIGHTS if as_computed else owner
-        if weight and (kind := self._gradient(value, chain)):
+            return COMPUTE_WEIGHTS if as_computed else owner + COPIED
+        if weight and self.trains and (kind := self._gradient(value, chain)):
             return kind
         if opcodes & set(_COLLECTIVES):
             return BUFFERS
-        if value.shape.dims[0] == self.model.layers and len(value.shape.dims) > 2:
+        if not self.trains and tuple(sorted(value.shape.dims)) in self.caches:
+            return CACHE + COPIED
+        stacked = value.shape.dims[0] == self.model.layers and len(value.shape.dims) > 2
+        if self.trains and stacked:
             return SAVED + self.activation(value.shape, chain)
         if any(_fetches(i) for i in chain):
             return FETCHED
         if self.vocab & set(value.shape.dims):
             return LOGITS
-        return _working(origin)
+        return _working(origin, self.trains)
+
+    def output_owner(self, shape: Shape) -> str:
+        """Owner of an output that aliases no argument."""
+        if self.vocab & set(shape.dims):
+            return LOGITS
+        is_cache = len(shape.dims) == 4 and self.model.head_dim in shape.dims
+        return CACHE if is_cache else OUTPUTS
 
     def is_weight(self, shape: Shape) -> bool:
         """Whether a weight, of one layer or stacked, can have this shape on a device."""
@@ -232,9 +262,11 @@ def _fetches(i: Instruction) -> bool:
     return i.opcode.endswith("-start") and any(s.space == HOST for s in i.shapes)
 
 
-def _working(origin: str) -> str:
+def _working(origin: str, trains: bool) -> str:
     if not origin:
         return UNNAMED
+    if not trains:
+        return WORKING + "activations"
     if "rematted_computation" in origin:
         return WORKING + "recomputed activations of a layer"
     if "transpose(" in origin:
@@ -242,19 +274,15 @@ def _working(origin: str) -> str:
     return WORKING + ("forward pass" if "jvp(" in origin else "the rest of the program")
 
 
-def weight_shapes(model: ModelConfig, shards: set[int]) -> set[tuple[int, ...]]:
+def weight_shapes(model: ModelConfig, mesh: Mapping[str, int]) -> set[tuple[int, ...]]:
     """Sorted dimensions, ones left out, that a weight of one layer, the table or the head can have
-    on a device: any of its dimensions divided by any of `shards`, heads merged with head_dim."""
+    on a device: its dimensions divided by axes of the mesh, heads merged with head_dim."""
     c, shapes = model, set()
-    e, h, k, d, f = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
-    for matrix in ((e, h, d), (e, k, d), (e, h * d), (e, k * d), (e, f), (e, padded_vocab(c))):
-        for at in range(len(matrix)):
-            for first in shards:
-                for second in shards if at else {1}:
-                    dims = list(matrix)
-                    if dims[0] % second or dims[at] % (first * (second if at == 0 else 1)):
-                        continue
-                    dims[0] //= second
-                    dims[at] //= first
-                    shapes.add(tuple(sorted(n for n in dims if n != 1)))
+    fsdp, tensor = mesh.get("fsdp", 1), mesh.get("tensor", 1)
+    embeds = {c.embed // n for n in (1, fsdp, tensor, fsdp * tensor) if c.embed % n == 0}
+    for e in embeds:
+        for n in {1, tensor}:
+            h, k, d = c.heads // n, max(c.kv_heads // n, 1), c.head_dim
+            others = ((h, d), (k, d), (h * d,), (k * d,), (c.mlp // n,), (padded_vocab(c) // n,))
+            shapes |= {tuple(sorted(m for m in (e, *other) if m != 1)) for other in others}
     return shapes

@@ -4,9 +4,12 @@ from lemur_jax.plan.hlo import Computation, Instruction, Program
 
 _SAME = ("copy", "bitcast", "reshape", "transpose", "convert", "copy-done", "copy-start",
          "optimization-barrier", "opt-barrier", "get-tuple-element", "slice-start", "slice-done",
-         "async-done", "async-start", "async-update", "all-gather-done", "all-reduce-done",
+         "async-done", "async-start", "async-update", "call-done", "all-gather-done",
+         "all-reduce-done", "recv-done",
          "slice", "dynamic-slice", "dynamic-slice-start", "dynamic-slice-done",
          "dynamic-update-slice-done")  # fmt: skip
+
+_CALLS = ("call-start", "async-start")  # v7x's SparseCores run whole computations beside the rest
 
 
 class Origins:
@@ -21,6 +24,12 @@ class Origins:
             for i in computation
             if i.opcode == "while"
             for part in ("body", "condition")
+        }
+        self._callers = {
+            i.called: (computation, i)
+            for computation in program.computations.values()
+            for i in computation
+            if i.opcode in _CALLS and i.called in program.computations
         }
 
     def home(self, name: str) -> tuple[Computation, Instruction] | None:
@@ -56,6 +65,10 @@ class Origins:
             body = self.program.computations[loop.attribute("body")]
             inside = self._carried(body, index)
             return inside if inside[0] in body.instructions else (loop.operands[0], index)
+        if i.opcode in _CALLS and i.called in self.program.computations:
+            return self.program.computations[i.called].root, ()
+        if i.opcode == "parameter" and computation.name in self._callers:
+            return self._callers[computation.name][1].operands[int(i.inside)], index
         if _moves(i):
             return i.operands[0], ()
         return self._through_fusion(i, index)
@@ -135,7 +148,8 @@ class Origins:
         if home is None or depth == 0:
             return False
         for user in home[0].users[name]:
-            if user.opcode in opcodes or (user.called or "").startswith(opcodes):
+            inner = self.program.computations.get(user.called or "", ())
+            if user.opcode in opcodes or any(i.opcode in opcodes for i in inner):
                 return True
             if user.opcode in (*_SAME, "tuple", "get-tuple-element") and self.reaches(
                 user.name, opcodes, depth - 1
