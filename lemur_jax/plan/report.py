@@ -12,6 +12,12 @@ from lemur_jax.plan.analysis import Analysis
 GIB = 2**30
 DAY = 86400.0
 SHOWN_FINDINGS = 8
+SMALL = 5e-4  # of the HBM: owners below it share a row
+ACCIDENTAL = 0.05  # of the model's FLOPs: worth a line
+WINDOWED = (
+    "the partitioner may have split products into windows; TrainConfig.compiler_options "
+    "'xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000' turns that off"
+)
 NOTE = "compiler-predicted (libtpu's own schedule and buffer assignment); times are a model's"
 
 
@@ -27,6 +33,12 @@ def show(console: Console, found: Analysis) -> None:
             console.print(f"  {finding.text} ({finding.op_name or finding.name})", markup=False)
         if len(found.findings) > SHOWN_FINDINGS:
             console.print(f"  and {len(found.findings) - SHOWN_FINDINGS} more")
+    if found.flops.accidental > ACCIDENTAL * found.flops.model:
+        console.print(
+            f"{100 * found.flops.accidental / found.flops.model:.0f} % of the model's FLOPs are "
+            f"computed by accident: {WINDOWED}",
+            markup=False,
+        )
     for line in found.cost.unknown:
         console.print(f"Not known to the time model: {line}", markup=False)
     console.print(f"Assumptions: {NOTE}.")
@@ -46,8 +58,14 @@ def verdict(found: Analysis) -> str:
 def _memory(found: Analysis) -> Table:
     memory, rows = found.memory, Table("HBM owner, at the peak", "GiB a device", "share")
     rows.title = f"{100 * memory.attributed:.1f} % attributed"
+    small = {owner: n for owner, n in memory.owners.items() if n < SMALL * memory.total}
     for owner, size in memory.owners.items():
-        rows.add_row(owner, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
+        if owner not in small:
+            rows.add_row(owner, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
+    if small:
+        size = sum(small.values())
+        name = f"{len(small)} others (all of them: --json)"
+        rows.add_row(name, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
     rows.add_row("program code", f"{found.compiled.code_bytes / GIB:.3f}", "")
     rows.add_row("sum", f"{found.needed_bytes / GIB:.3f}", "", style="bold")
     if memory.host_bytes:
