@@ -14,7 +14,8 @@ from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import cache, fit, libtpu, programs, report
 from lemur_jax.plan.analysis import analyse
-from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused, Serving
+from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused
+from lemur_jax.plan.serving import Serving, default_serving
 from lemur_jax.plan.slices import Slice, slice_named
 from lemur_jax.train import ahead
 
@@ -91,7 +92,7 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
 def _serving(config: TrainConfig, where: Slice, options: Options) -> Serving | None:
     if not {"prefill", "decode"} & set(options.program):
         return None
-    made = programs.default_serving(config)
+    made = default_serving(config)
     flags = {"batch": options.rows, "prompt": options.prompt_tokens, "cache": options.cache_tokens}
     given = {field: value for field, value in flags.items() if value is not None}
     made = dataclasses.replace(made, **given)

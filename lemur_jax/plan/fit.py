@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
-from lemur_jax.plan.programs import Compiled, CompileRefused, Serving
+from lemur_jax.plan.programs import Compiled, CompileRefused
+from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import Slice, shapes, slice_named
 
 MOST_COMPILES = 12

@@ -16,6 +16,7 @@ from lemur_jax.config import (
 )
 from lemur_jax.plan import cache, fit, libtpu, programs
 from lemur_jax.plan.analysis import analyse
+from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import slice_named
 
 pytestmark = pytest.mark.skipif(libtpu.missing() is not None, reason=str(libtpu.missing()))
@@ -217,7 +218,7 @@ def test_the_other_programs_compile(name, tmp_path):
     """Red if the sampler's kernels were chosen for this machine, or the cache were not donated."""
     config = changed(mesh=MeshConfig(fsdp=1, tensor=4))
     config = programs.resolve(config, slice_named("v4-8"))
-    serving = programs.Serving(batch=8, prompt=256, cache=512)
+    serving = Serving(batch=8, prompt=256, cache=512)
     made = cache.compile_cached(config, slice_named("v4-8"), name, serving, tmp_path)
     found = analyse(made, serving)
     assert found.memory.attributed >= 0.95
