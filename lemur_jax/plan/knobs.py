@@ -124,14 +124,12 @@ def _remat(config: TrainConfig, rows: int, memory: Memory, cost: Cost) -> list[K
         if policy == c.remat:
             continue
         hbm, host, seconds = (b - a for a, b in zip(here, there, strict=True))
-        why = (
-            f"keeps {kept / GIB:.1f} GiB of q, k, v, attention output and MLP input; only the "
-            "recomputation is counted, not what the schedule makes of it"
-        )
+        why = f"{kept / GIB:.1f} GiB of q, k, v, attention output and MLP input are kept"
         if policy == "offload":
             traffic = 2 * kept * config.micro_batches
             step = cost.step_seconds(3, True)
-            why += f" on the host: {traffic / GIB / step:.1f} GiB/s each way and device"
+            why += f" on the host at {traffic / GIB / step:.1f} GiB/s a device, both ways together"
+        why += "; counts the recomputation, not what the schedule makes of it"
         change = f"{c.remat} -> {policy}"
         found.append(Knob("ModelConfig.remat", change, hbm, host, (seconds, seconds), why))
     return found

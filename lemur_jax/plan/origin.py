@@ -41,17 +41,32 @@ class Origins:
         """What a value is a copy of, nearest first: the instructions that only move, slice or
         convert it, and last the one that computed it. A value that a loop carries is what the
         loop's body puts in its place, or, if the body leaves it alone, what it began as."""
-        found, seen = [], set()
+        found, seen, starts = [], set(), []
         place = (name, index)
-        while place and place not in seen and len(found) < 60:
+        while place and len(found) < 60:
+            if place in seen:  # a loop that only moves it about: it is what it began as
+                if not starts:
+                    break
+                place = starts.pop()
+                continue
             seen.add(place)
             home = self.home(place[0])
             if home is None:
                 break
             computation, i = home
             found.append(i)
+            loop = self._loop_of(computation, i)
+            if loop is not None and place[1]:
+                starts.append((loop.operands[0], place[1]))
             place = self._before(computation, i, place[1])
         return found
+
+    def _loop_of(self, computation: Computation, i: Instruction) -> Instruction | None:
+        """The loop whose carry an instruction is."""
+        if i.opcode == "while":
+            return i
+        inside = i.opcode == "parameter" and computation.name in self._loops
+        return self._loops[computation.name][1] if inside else None
 
     def _before(self, computation: Computation, i: Instruction, index: tuple[int, ...]):
         if i.opcode == "get-tuple-element":
@@ -101,8 +116,12 @@ class Origins:
         return None
 
     def passed_on(self, body: Computation, place: int) -> bool:
-        """Whether a loop's body leaves a place of its carry as it is."""
-        return self._carried(body, (place,))[0] not in body.instructions
+        """Whether a loop's body leaves a place of its carry as it is, or only moves it about."""
+        root = body.instructions[body.root]
+        i = body.get(root.operands[place]) if root.opcode == "tuple" else None
+        while i is not None and _moves(i) and i.opcode != "get-tuple-element":
+            i = body.get(i.operands[0])
+        return self._is_carry(body, i) and int(i.attribute("index")) == place
 
     def stored(self, update: Instruction) -> tuple[str, Instruction | None]:
         """What a dynamic-update-slice, or a fusion that ends in one, stores: ("carried", its

@@ -328,6 +328,19 @@ def test_ring_bytes(opcode, payload, link):
     assert (t.axes, t.devices, t.channel) == ("fsdp", 64, 7)
 
 
+def test_permute_over_part_of_the_axes():
+    """Red if a chain of three of eight devices is called a part of the axes: permutes often are."""
+    program = text_of(
+        [
+            "%a = f32[8]{0} parameter(0)",
+            "ROOT %c = f32[8]{0} collective-permute(%a), source_target_pairs={{0,1},{1,2}}",
+        ]
+    )
+    instruction = program.computations["main"].get("c")
+    t = collectives.transfer(instruction, {"data": 1, "fsdp": 8}, asynchronous=False)
+    assert (t.axes, t.devices, t.link_bytes) == ("fsdp", 3, 32)
+
+
 def test_torus_axes_by_group_size(chip):
     """16 devices one axis, 64 two, 256 three. Red if `most_axes` or the chip's dimensions are not
     looked at."""

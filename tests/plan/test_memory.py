@@ -224,6 +224,79 @@ def test_programs_without_a_backward_pass(model, mesh):
     assert names.output_owner(hlo.Shape("f32", (8, 4096))) == memory.OUTPUTS
 
 
+def test_outputs_are_owners(model, mesh):
+    """A cache that prefill returns is not scratch. Red if it is counted as both."""
+    entry = "ENTRY %main () -> x {\n  ROOT %a = f32[1]{0} parameter(0)\n}\n"
+    text = f"HloModule m, is_scheduled=true\n\n{entry}"
+    cache = hlo.Shape("bf16", (8, 4096, 2, 128))
+    assignment = buffers.Assignment(
+        parameters={0: 512},
+        outputs=cache.nbytes + 512,
+        output_shapes=((cache, cache.nbytes),),
+        constants=100,
+        small=0,
+        temporary=0,
+        values=(),
+        host=0,
+    )
+    found = memory.memory(hlo.parse(text), assignment, model, mesh)
+    assert found.owners[memory.CACHE] == cache.nbytes
+    assert found.owners[memory.SCRATCH] == 612
+    assert sum(found.owners.values()) == found.total == assignment.total
+
+
+def test_loop_that_only_moves_a_value():
+    """Fetched into fast memory and put back in each iteration. Red if following it ends in the
+    loop."""
+    text = """HloModule m, is_scheduled=true
+
+%body (p: x) -> x {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %fast = f32[8]{0:S(1)} copy(%x)
+  %back = f32[8]{0} copy(%fast)
+  ROOT %t = (s32[], f32[8]{0}) tuple(%n, %back)
+}
+
+%condition (q: x) -> pred[] {
+  ROOT %q = (s32[], f32[8]{0}) parameter(0)
+}
+
+ENTRY %main (a: x) -> x {
+  %a = f32[8]{0} parameter(0), metadata={op_name="batch"}
+  %z = s32[] constant(0)
+  %init = (s32[], f32[8]{0}) tuple(%z, %a)
+  ROOT %loop = (s32[], f32[8]{0}) while(%init), condition=%condition, body=%body
+}
+"""
+    origins = origin.Origins(hlo.parse(text))
+    assert origins.chain("loop", (1,))[-1].op_name == "batch"
+    assert origins.chain("back")[-1].op_name == "batch"
+    body = origins.program.computations["body"]
+    assert origins.passed_on(body, 1) and origins.passed_on(body, 0)
+
+
+def test_calls_beside_the_rest_are_followed():
+    """v7x: a SparseCore copies the batch. Red if the chain ends at the call."""
+    text = """HloModule m, is_scheduled=true
+
+%copies (p: x) -> x {
+  %p = f32[8]{0} parameter(0)
+  ROOT %c = f32[8]{0} copy(%p)
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: x) -> x {
+  %a = f32[8]{0} parameter(0), metadata={op_name="batch"}
+  %s = ((f32[8]{0}), f32[8]{0}, u32[]) call-start(%a), to_apply=%copies
+  ROOT %d = f32[8]{0} call-done(%s)
+}
+"""
+    origins = origin.Origins(hlo.parse(text))
+    assert [i.name for i in origins.chain("d")] == ["d", "s", "c", "p", "a"]
+    assert origins.chain("c")[-1].op_name == "batch"
+
+
 def test_loops_are_followed_both_ways(program):
     """A carry's place is what the body puts there; one that is passed on is what it began as. Red
     if either is taken for the other."""
