@@ -21,6 +21,7 @@ ALLOWED = {
     "convert": {"config", "sharding", "model", "checkpoint", "data", "errors"},
     "train": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
     "sample": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
+    "plan": {"config", "sharding", "model", "train", "sample", "errors"},
 }
 DOORS = {
     "gin": {"settings"},
@@ -89,6 +90,7 @@ def test_every_part_is_listed():
         "lemur_jax.train.metrics",
         "lemur_jax.sample.sampler",
         "lemur_jax.convert.hf",
+        "lemur_jax.plan.command",
         "lemur_jax.cli",
     ],
 )

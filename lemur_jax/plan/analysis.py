@@ -10,7 +10,8 @@ from lemur_jax.plan.cost import Cost, Flops, cost
 from lemur_jax.plan.kernels import kernel_costs
 from lemur_jax.plan.knobs import Knob, knobs
 from lemur_jax.plan.memory import Memory, memory
-from lemur_jax.plan.programs import Compiled, Serving
+from lemur_jax.plan.programs import Compiled
+from lemur_jax.plan.serving import Serving
 from lemur_jax.train.metrics import flops_per_token
 
 

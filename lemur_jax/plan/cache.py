@@ -19,7 +19,8 @@ from pathlib import Path
 
 from lemur_jax.config import TrainConfig
 from lemur_jax.plan import libtpu, programs
-from lemur_jax.plan.programs import Compiled, CompileRefused, Serving
+from lemur_jax.plan.programs import Compiled, CompileRefused
+from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import Slice
 from lemur_jax.train import ahead
 from lemur_jax.train import programs as training

@@ -15,13 +15,13 @@ from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import cache, fit, libtpu, programs, report, search
 from lemur_jax.plan.analysis import analyse
-from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused, Serving
+from lemur_jax.plan.programs import PROGRAMS, Compiled, CompileRefused
+from lemur_jax.plan.serving import Serving, default_serving
 from lemur_jax.plan.slices import Slice, slice_named
 from lemur_jax.train import ahead
 
 # Fields that no program depends on: a recipe may leave them to the run.
 UNUSED = {"TrainConfig.run_dir": "-", "DataConfig.path": "-", "TrainConfig.init_from": None}
-FILE_WIDTH = 160  # columns of a page that no terminal shows
 SAVED = ("train", "evaluate")  # what `lemur train --compiled` can run
 
 
@@ -87,7 +87,8 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
       ConfigError, CompilerMissing: bad input, before anything is compiled.
       CompileRefused: for another reason than memory.
     """
-    console = console or Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    # A file or a pipe has no width, and rich would cut tables at 80 columns.
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     where = slice_named(options.topology)
     if options.save is not None and options.save.exists() and any(options.save.iterdir()):
         raise LemurError(f"--save={options.save} is not empty: give a new directory")
@@ -140,7 +141,7 @@ def _search(config: TrainConfig, where: Slice, options: Options, console: Consol
 def _serving(config: TrainConfig, where: Slice, options: Options) -> Serving | None:
     if not {"prefill", "decode"} & set(options.program):
         return None
-    made = programs.default_serving(config)
+    made = default_serving(config)
     flags = {"batch": options.rows, "prompt": options.prompt_tokens, "cache": options.cache_tokens}
     given = {field: value for field, value in flags.items() if value is not None}
     made = dataclasses.replace(made, **given)

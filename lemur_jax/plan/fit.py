@@ -5,11 +5,13 @@ from collections.abc import Callable, Iterator
 
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
-from lemur_jax.plan.programs import Compiled, CompileRefused, Serving
+from lemur_jax.plan.programs import Compiled, CompileRefused
+from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import Slice, shapes, slice_named
 
-MOST_COMPILES = 10
+MOST_COMPILES = 12
 SMALLEST_CHUNK = 512
+_MICRO = "TrainConfig.micro_batches"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def changes(
     config: TrainConfig, where: Slice, name: str, serving: Serving | None
 ) -> Iterator[Change]:
     """Changes to a recipe, the least costly to its speed first: loss chunks, remat, micro-batches,
-    mesh, offload; then all of the memory savers at once; then larger slices with them."""
+    mesh, offload; then all memory savers at once; then larger slices, without and with them."""
 
     def change(text: str, new: TrainConfig, place: Slice = where) -> Change:
         return Change(text, new, place, serving)
@@ -86,7 +88,7 @@ def changes(
         for factor in (2, 4, 8):
             micro = config.micro_batches * factor
             if config.data.batch_size % (micro * ways) == 0:
-                savers.append((f"TrainConfig.micro_batches={micro}", _micro_batches(micro)))
+                savers.append((f"{_MICRO}={micro}", _micro_batches(micro)))
     for text, apply in savers:
         yield change(text, apply(config))
     for text, mesh in _meshes(config):
@@ -100,7 +102,9 @@ def changes(
         smallest, texts = apply(smallest), [*texts, text]
     if len(texts) > 1:
         yield change(", ".join(texts), smallest)
-    yield from _larger(smallest, where, texts, serving)
+    yield from _larger(config, where, [], serving)
+    if texts:
+        yield from _larger(smallest, where, texts, serving)
 
 
 def _loss(**fields) -> Callable[[TrainConfig], TrainConfig]:
@@ -173,5 +177,12 @@ def _larger(
         prefix = f"{where.slices}x" if where.slices > 1 else ""
         place = slice_named(f"{prefix}{chip}-{now * factor}")
         mesh = dataclasses.replace(config.mesh, fsdp=config.mesh.fsdp * factor)
-        text = ", ".join([*texts, f"--topology={place.name}", f"MeshConfig.fsdp={mesh.fsdp}"])
-        yield Change(text, dataclasses.replace(config, mesh=mesh), place, serving)
+        ways, micro = sharding.batch_ways(mesh), config.micro_batches
+        while micro % 2 == 0 and config.data.batch_size % (micro * ways):
+            micro //= 2  # as many rows on each device as before
+        said = [text for text in texts if not text.startswith(_MICRO)]
+        if micro != config.micro_batches or len(said) < len(texts):
+            said.append(f"{_MICRO}={micro}")
+        text = ", ".join([*said, f"--topology={place.name}", f"MeshConfig.fsdp={mesh.fsdp}"])
+        new = dataclasses.replace(config, mesh=mesh, micro_batches=micro)
+        yield Change(text, new, place, serving)

@@ -1,50 +1,27 @@
 """What training and sampling run, compiled for a slice that nobody holds.
 
-The programs are those that `lemur train` jits (lemur_jax.train.programs) and those that the sampler
-jits (lemur_jax.sample.loop), on abstract arguments with the mesh's shardings.
-
-Dimension key: B batch, P prompt bucket, S cache bucket, V vocab (padded), C tokens of a chunk.
+The programs are those that `lemur train` jits (lemur_jax.train.programs) and those of the sampler
+(lemur_jax.plan.serving), on abstract arguments with the mesh's shardings.
 """
 
 import dataclasses
-import functools
 import re
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lemur_jax import sharding
-from lemur_jax.config import ConfigError, ModelConfig, TrainConfig
+from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.errors import LemurError
-from lemur_jax.model import decoder, param
-from lemur_jax.model.cache import KVCache
 from lemur_jax.plan import libtpu
+from lemur_jax.plan import serving as sampling
+from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import Slice, topology
-from lemur_jax.sample import loop as sampling
-from lemur_jax.sample import methods, weights
-from lemur_jax.sample.sampler import CHUNK
 from lemur_jax.train import programs as training
 
 PROGRAMS = ("train", "evaluate", "prefill", "decode")
-STOP_IDS = 8  # columns of Rows.stop_ids: what sample.rows.constants makes of up to eight
-
-
-@dataclasses.dataclass(frozen=True)
-class Serving:
-    """Shapes of the prefill and decode programs.
-
-    Attributes:
-      batch: B, rows of a batch, over all devices.
-      prompt: P, tokens of the prompt bucket.
-      cache: S, slots of the decode program's cache.
-    """
-
-    batch: int
-    prompt: int
-    cache: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +122,6 @@ def resolve(config: TrainConfig, where: Slice) -> TrainConfig:
       ConfigError: mesh, batch or model do not divide; a named kernel does not exist there.
     """
     mesh = sharding.resolve_mesh(config.mesh, where.devices)
-    sharding.check(
-        config.model,
-        mesh,
-        rows=config.data.batch_size // config.micro_batches,
-        sequence_length=config.data.sequence_length,
-    )
     if mesh.dcn_data != where.slices:
         raise ConfigError(
             [
@@ -158,6 +129,12 @@ def resolve(config: TrainConfig, where: Slice) -> TrainConfig:
                 f"slice(s): set MeshConfig.dcn_data={where.slices}"
             ]
         )
+    sharding.check(
+        config.model,
+        mesh,
+        rows=config.data.batch_size // config.micro_batches,
+        sequence_length=config.data.sequence_length,
+    )
     device = topology(where).devices[0]
     return training.resolve(dataclasses.replace(config, mesh=mesh), device)
 
@@ -184,7 +161,7 @@ def compile_program(
       config: the run; resolved here if it is not.
       where: the slice.
       name: one of PROGRAMS.
-      serving: shapes of prefill and decode; `default_serving` when None.
+      serving: shapes of prefill and decode; `serving.default_serving` when None.
       dump: a new directory for the compiler's buffer assignment, which memory.py reads.
 
     Raises:
@@ -245,101 +222,9 @@ def program(
         return training.step(config, mesh)
     if name == "evaluate":
         return training.evaluation(config, mesh)
-    serving = serving or default_serving(config)
+    shapes = serving or sampling.default_serving(config)
     if name == "prefill":
-        return _prefill(config, mesh, serving)
+        return sampling.prefill(config, mesh, shapes)
     if name == "decode":
-        return _decode(config, mesh, serving)
+        return sampling.decode(config, mesh, shapes)
     raise ConfigError([f"program={name!r} is unknown; legal: {', '.join(PROGRAMS)}"])
-
-
-# ---------------------------------------------------------------------------------------------
-# Sampling
-# ---------------------------------------------------------------------------------------------
-
-
-def default_serving(config: TrainConfig) -> Serving:
-    """Eight rows for each part of the mesh's batch axes, prompts of half the context, a full
-    cache; `config` is resolved."""
-    ways = sharding.batch_ways(config.mesh)
-    length = config.data.sequence_length
-    return Serving(batch=8 * ways, prompt=length // 2, cache=length)
-
-
-def _prefill(config: TrainConfig, mesh: Mesh, serving: Serving) -> training.Program:
-    array, batch = functools.partial(_array, mesh), serving.batch
-    arguments = (
-        sampling_model(config.model, mesh),
-        array((batch, serving.prompt), jnp.int32, ("batch", None)),
-        array((batch,), jnp.int32, ("batch",)),
-        _rows(batch, mesh),
-        array((), jnp.bool_, ()),
-    )
-    return training.Program(jax.jit(sampling.prefill), arguments)
-
-
-def _decode(config: TrainConfig, mesh: Mesh, serving: Serving) -> training.Program:
-    array, batch = functools.partial(_array, mesh), serving.batch
-    model = sampling_model(config.model, mesh)
-
-    def decode(model, state, rows, stopped_B, steps, want_logprobs):
-        return sampling.decode(lambda: model, state, rows, stopped_B, steps, want_logprobs, CHUNK)
-
-    arguments = (
-        model,
-        _decode_state(model.config, batch, serving.cache, mesh),
-        _rows(batch, mesh),
-        array((batch,), jnp.bool_, ("batch",)),
-        array((), jnp.int32, ()),
-        array((), jnp.bool_, ()),
-    )
-    return training.Program(jax.jit(decode, donate_argnums=1), arguments)
-
-
-def sampling_model(config: ModelConfig, mesh: Mesh) -> decoder.Decoder:
-    """The sampler's model as ShapeDtypeStructs: compute dtype, layers unstacked, sharded."""
-    ready = functools.partial(weights.for_sampling, backend="tpu")
-    model = jax.eval_shape(ready, decoder.abstract(config))
-    return param.abstract_with_shardings(model, mesh)
-
-
-def _array(mesh: Mesh, shape, dtype, axes) -> jax.ShapeDtypeStruct:
-    where = sharding.sharding(axes, mesh, shape)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-
-def _rows(batch: int, mesh: Mesh) -> sampling.Rows:
-    array = functools.partial(_array, mesh)
-    chain = methods.stack([methods.standard(temperature=0.0)])
-    return sampling.Rows(
-        seed=array((batch,), jnp.uint32, ("batch",)),
-        sample=array((batch,), jnp.uint32, ("batch",)),
-        limit=array((batch,), jnp.int32, ("batch",)),
-        stop_ids=array((batch, STOP_IDS), jnp.int32, ("batch", None)),
-        chain=jax.tree.map(lambda x: array((batch,), x.dtype, ("batch",)), chain),
-    )
-
-
-def _decode_state(config: ModelConfig, batch: int, slots: int, mesh: Mesh) -> sampling.DecodeState:
-    array = functools.partial(_array, mesh)
-
-    def cache():
-        shape = (batch, slots, config.kv_heads, config.head_dim)
-        axes = ("batch", None, "kv_heads", None)
-        return tuple(array(shape, jnp.dtype(config.dtype), axes) for _ in range(config.layers))
-
-    numbers = array((batch,), jnp.int32, ("batch",))
-    return sampling.DecodeState(
-        cache=KVCache(
-            k=cache(),
-            v=cache(),
-            positions=array((batch, slots), jnp.int32, ("batch", None)),
-            segment_ids=array((batch, slots), jnp.int32, ("batch", None)),
-            end=array((), jnp.int32, ()),
-        ),
-        token=numbers,
-        position=numbers,
-        generated=numbers,
-        done=array((batch,), jnp.bool_, ("batch",)),
-        seen_BV=array((batch, sharding.padded_vocab(config)), jnp.bool_, ("batch", "act_vocab")),
-    )

@@ -1,5 +1,6 @@
 """What `lemur plan` says about one compiled program: a page for people, JSON for programs."""
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -12,6 +13,12 @@ from lemur_jax.plan.analysis import Analysis
 GIB = 2**30
 DAY = 86400.0
 SHOWN_FINDINGS = 8
+SMALL = 5e-4  # of the HBM: owners below it share a row
+ACCIDENTAL = 0.05  # of the model's FLOPs: worth a line
+WINDOWED = (
+    "the partitioner may have split products into windows; TrainConfig.compiler_options "
+    "'xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000' turns that off"
+)
 NOTE = "compiler-predicted (libtpu's own schedule and buffer assignment); times are a model's"
 
 
@@ -21,17 +28,29 @@ def show(console: Console, found: Analysis) -> None:
     for table in (_memory(found), _collectives(found), _flops(found), _time(found), _knobs(found)):
         if table is not None:
             console.print(table)
-    if found.findings:
-        console.print("Worth a look, most bytes first:")
-        for finding in found.findings[:SHOWN_FINDINGS]:
-            console.print(f"  {finding.text} ({finding.op_name or finding.name})", markup=False)
-        if len(found.findings) > SHOWN_FINDINGS:
-            console.print(f"  and {len(found.findings) - SHOWN_FINDINGS} more")
+    _show_findings(console, found)
+    if found.flops.accidental > ACCIDENTAL * found.flops.model:
+        console.print(
+            f"{100 * found.flops.accidental / found.flops.model:.0f} % of the model's FLOPs are "
+            f"computed by accident: {WINDOWED}",
+            markup=False,
+        )
     for line in found.cost.unknown:
         console.print(f"Not known to the time model: {line}", markup=False)
     console.print(f"Assumptions: {NOTE}.")
     for line in cost_model.ASSUMPTIONS:
         console.print(f"  {line}", markup=False)
+
+
+def _show_findings(console: Console, found: Analysis) -> None:
+    alike = collections.Counter((f.text, f.op_name or f.name) for f in found.findings)
+    if alike:
+        console.print("Worth a look, most bytes first:")
+    for (text, where), count in list(alike.items())[:SHOWN_FINDINGS]:
+        times = f"{count} x " if count > 1 else ""
+        console.print(f"  {times}{text} ({where})", markup=False, highlight=False)
+    if len(alike) > SHOWN_FINDINGS:
+        console.print(f"  and {len(alike) - SHOWN_FINDINGS} more kinds (all of them: --json)")
 
 
 def verdict(found: Analysis) -> str:
@@ -46,10 +65,19 @@ def verdict(found: Analysis) -> str:
 def _memory(found: Analysis) -> Table:
     memory, rows = found.memory, Table("HBM owner, at the peak", "GiB a device", "share")
     rows.title = f"{100 * memory.attributed:.1f} % attributed"
+    small = {owner: n for owner, n in memory.owners.items() if n < SMALL * memory.total}
     for owner, size in memory.owners.items():
-        rows.add_row(owner, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
+        if owner not in small:
+            rows.add_row(owner, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
+    if small:
+        size = sum(small.values())
+        name = f"{len(small)} others (all of them: --json)"
+        rows.add_row(name, f"{size / GIB:.3f}", f"{100 * size / memory.total:.1f} %")
     rows.add_row("program code", f"{found.compiled.code_bytes / GIB:.3f}", "")
     rows.add_row("sum", f"{found.needed_bytes / GIB:.3f}", "", style="bold")
+    # Larger than what the compiler assigned, and programs fit above the limit by it: no verdict.
+    held = found.compiled.argument_bytes + found.compiled.temp_bytes
+    rows.add_row("arguments + temp of memory_analysis()", f"{held / GIB:.3f}", "", style="dim")
     if memory.host_bytes:
         rows.add_row("host memory, a device", f"{memory.host_bytes / GIB:.3f}", "")
     return rows
@@ -84,13 +112,13 @@ def _flops(found: Analysis) -> Table:
 
 def _time(found: Analysis) -> Table:
     rows = Table("predicted", "best", "worst")
-    rows.title = "best: asynchronous collectives hidden, 3 axes; worst: exposed, 1 axis"
+    rows.title = "best: async hidden, 3 axes; worst: exposed, 1 axis"
     best, worst = found.interval
     corners = found.cost.corners
     for axes in (3, 1):
         hidden, exposed = (corners[axes, how] for how in ("hidden", "exposed"))
         rows.add_row(
-            f"s a {_unit(found)}, {axes} axes: hidden, exposed",
+            f"s a {_unit(found)}, torus axes {axes}: hidden, exposed",
             f"{_seconds(hidden)}",
             _seconds(exposed),
         )

@@ -103,7 +103,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-_PLAN_SOURCES = ("slices.py", "chips.py", "programs.py")
+_PLAN_SOURCES = ("slices.py", "chips.py", "programs.py", "serving.py")
 
 
 def _order(mesh: Mesh) -> str:

@@ -1,5 +1,6 @@
 """Slices by name: what N counts, which exist, and what libtpu makes of each."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -82,8 +83,7 @@ def test_peaks_are_those_of_mfu():
     from lemur_jax.train.metrics import PEAK_FLOPS
 
     for chip in CHIPS.values():
-        if chip.name != "v7x":
-            assert PEAK_FLOPS[chip.device_kind] == chip.flops_per_s
+        assert PEAK_FLOPS[chip.device_kind] == chip.flops_per_s
         made = chip.flops_per_cycle * chip.cores * chip.clock_hz
         assert made == pytest.approx(chip.flops_per_s, rel=3e-3)
 
@@ -158,3 +158,38 @@ def test_libtpu_knows_the_slices():
 def test_libtpu_knows_every_legal_name(chip):
     """Red if legal_names invented a slice."""
     _check([*legal_names(chip), f"2x{legal_names(chip)[1]}"])
+
+
+_HOLD = """
+import sys
+from lemur_jax.plan import libtpu, slices
+libtpu.prepare()
+try:
+    print(len(slices.topology(slices.slice_named("v4-8")).devices), flush=True)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+sys.stdin.read()
+"""
+
+
+@needs_libtpu
+@pytest.mark.parametrize("allowed", [True, False])
+def test_two_compilers_at_once(allowed, monkeypatch):
+    """Red if prepare() left libtpu's lock on, or the second process's error were not explained."""
+    monkeypatch.delenv("ALLOW_MULTIPLE_LIBTPU_LOAD", raising=False)
+    if not allowed:
+        monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "0")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    said = []
+    with contextlib.ExitStack() as running:
+        for _ in range(2):
+            process = running.enter_context(
+                subprocess.Popen([sys.executable, "-c", _HOLD], **pipes)
+            )
+            said.append(process.stdout.readline().strip())
+            running.callback(process.stdin.close)
+    assert said[0] == "4"
+    if allowed:
+        assert said[1] == "4"
+    else:
+        assert said[1].startswith("LemurError libtpu is in use by another process")
