@@ -57,6 +57,7 @@ def compiled_budget(case: tuple[str, str, str, str]):
     from lemur_jax.plan import cache, command, libtpu, programs
     from lemur_jax.plan.analysis import analyse
     from lemur_jax.plan.budgets import budget_of
+    from lemur_jax.plan.serving import default_serving
     from lemur_jax.plan.slices import slice_named
 
     run, hardware, place, program = case
@@ -66,7 +67,7 @@ def compiled_budget(case: tuple[str, str, str, str]):
     config, _ = settings.load(TrainConfig, files, bindings, cli.config_classes(), command.UNUSED)
     where = slice_named(place)
     config = programs.resolve(config, where)
-    serving = programs.default_serving(config) if program in ("prefill", "decode") else None
+    serving = default_serving(config) if program in ("prefill", "decode") else None
     return budget_of(analyse(cache.compile_cached(config, where, program, serving), serving))
 
 
@@ -130,7 +131,9 @@ def main() -> int:
             else:
                 problems = list(budgets.excesses(now, allowed[name]))
             failed += bool(problems)
-            verdict = "; ".join(problems) or f"{now.hbm_bytes / 2**30:.2f} GiB, in its budget"
+            held = f"{now.hbm_bytes / 2**30:.2f} GiB"
+            fine = f"{held}, written" if options.update else f"{held}, in its budget"
+            verdict = "; ".join(problems) or fine
             console.print(f"{name}: {verdict}", markup=False, highlight=False)
     return 1 if failed else 0
 
