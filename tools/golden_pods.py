@@ -11,7 +11,6 @@ purpose (--update, and the change to configs/budgets.json reviewed). Needs no TP
 
 import argparse
 import concurrent.futures
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def cases() -> dict[str, tuple[str, str, str, str]]:
 
 
 def compiled_budget(case: tuple[str, str, str, str]):
-    """In a process of its own: libtpu compiles one program at a time."""
+    """What one case takes now; called in a process of its own."""
     from lemur_jax import cli, settings
     from lemur_jax.config import TrainConfig
     from lemur_jax.plan import cache, command, libtpu, programs
@@ -100,6 +99,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, 3 GiB each")
     options = parser.parse_args()
     from lemur_jax.plan import budgets
+    from lemur_jax.plan.apart import apart
     from lemur_jax.train import ahead
 
     console = Console(width=max(Console().width, 100))
@@ -112,9 +112,8 @@ def main() -> int:
         console.print(f"--only={options.only!r} matches none of: {', '.join(cases())}")
         return 2
     failed = 0
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.jobs, spawn, max_tasks_per_child=1) as pool:
-        waiting = {pool.submit(compiled_budget, case): name for name, case in chosen.items()}
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        waiting = {pool.submit(apart, compiled_budget, case): name for name, case in chosen.items()}
         for done in concurrent.futures.as_completed(waiting):
             name = waiting[done]
             if done.exception() is not None:

@@ -6,7 +6,6 @@ and loss chunks -> a gin file that says why.
 
 import concurrent.futures
 import dataclasses
-import multiprocessing
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import candidates as models
+from lemur_jax.plan.apart import ProcessDied, apart
 from lemur_jax.plan.candidates import Candidate
 from lemur_jax.plan.slices import Slice
 
@@ -56,7 +56,6 @@ def search(
     cache: Path | None,
     report: Callable[[str], None],
     compile_one: Callable[..., Result] | None = None,
-    pool: concurrent.futures.Executor | None = None,
 ) -> list[Result]:
     """Compiles the most promising candidates within a time; best first, refused ones last.
 
@@ -65,7 +64,7 @@ def search(
       minutes: no new compilation starts after these.
       jobs: compilers at a time; each needs a core and 3 GiB.
       report: told each verdict.
-      compile_one, pool: in place of compile_candidate and of processes (for tests).
+      compile_one: in place of the compiler (for tests).
 
     Raises:
       LemurError: nothing that was compiled fits.
@@ -76,12 +75,11 @@ def search(
     report(f"{len(every)} configurations divide; compiling the most promising of them")
     results: list[Result] = []
     until = time.monotonic() + 60 * minutes
-    with pool or _pool(jobs) as pool:
+    compile_one = compile_one or compile_apart
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
 
         def compile_all(chosen: Iterable[Candidate]) -> None:
-            running = {
-                pool.submit(compile_one or compile_candidate, c, where, cache): c for c in chosen
-            }
+            running = {pool.submit(compile_one, c, where, cache): c for c in chosen}
             for done in concurrent.futures.as_completed(running):
                 results.append(done.result())
                 report(line(results[-1], where))
@@ -144,8 +142,16 @@ def variants(candidate: Candidate) -> list[Candidate]:
     ]
 
 
+def compile_apart(candidate: Candidate, where: Slice, cache: Path | None) -> Result:
+    """`compile_candidate` in a process of its own."""
+    try:
+        return apart(compile_candidate, candidate, where, cache)
+    except ProcessDied as death:
+        return Result(candidate, str(death))
+
+
 def compile_candidate(candidate: Candidate, where: Slice, cache: Path | None) -> Result:
-    """In a process of its own."""
+    """What the compiler makes of a candidate."""
     from lemur_jax.plan import libtpu
 
     libtpu.prepare()
@@ -211,8 +217,3 @@ def _spares(result: Result, where: Slice) -> bool:
 def _best(results: list[Result], where: Slice) -> Result | None:
     fitting = [r for r in results if r.refusal is None and _spares(r, where)]
     return min(fitting, key=lambda r: r.score, default=None)
-
-
-def _pool(jobs: int) -> concurrent.futures.ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")  # libtpu's state does not survive a fork
-    return concurrent.futures.ProcessPoolExecutor(jobs, spawn, max_tasks_per_child=1)

@@ -1,7 +1,7 @@
 """The search for a configuration, with a compiler that is made up; and the budgets' arithmetic."""
 
-import concurrent.futures
 import dataclasses
+import os
 
 import pytest
 
@@ -17,6 +17,7 @@ from lemur_jax.config import (
 )
 from lemur_jax.errors import LemurError
 from lemur_jax.plan import budgets, candidates, command, search
+from lemur_jax.plan.apart import ProcessDied, apart
 from lemur_jax.plan.slices import slice_named
 
 GIB = 2**30
@@ -86,7 +87,6 @@ def run(compile_one, said=None):
     return search.search(
         CONFIG, V4, minutes=1, jobs=1, host_gib_per_s=8.0, cache=None,
         report=(said if said is not None else []).append, compile_one=compile_one,
-        pool=concurrent.futures.ThreadPoolExecutor(1),
     )  # fmt: skip
 
 
@@ -134,6 +134,15 @@ def test_what_leaves_too_little_room_does_not_win_and_nothing_is_an_error():
     assert not run(tight)[0].candidate.config.model.remat_offloaded
     with pytest.raises(LemurError, match="none of the .* fits v4-512"):
         run(made_up(lambda c: True))
+
+
+def test_a_compiler_that_dies_is_an_answer():
+    """Red if a dead process were waited for, or its exception lost."""
+    assert apart(abs, -3) == 3
+    with pytest.raises(TypeError):
+        apart(abs, "x")
+    with pytest.raises(ProcessDied, match="SIGABRT"):
+        apart(os.abort)
 
 
 BUDGET = budgets.Budget(
