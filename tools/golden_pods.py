@@ -36,7 +36,7 @@ RECIPES = (
     (f"{PRETRAIN}_7b", "7b_v5e-16", "v5e-16", ("train", "evaluate")),
     (f"{SFT}_70b", "70b_sft_v4-128", "v4-128", ("train",)),
     (f"{SFT}_70b", "70b_sft_v5p-128", "v5p-128", ("train",)),
-    (f"{PRETRAIN}_70b", "70b_serve_v5e-16", "v5e-16", ("prefill", "decode")),
+    (f"{PRETRAIN}_70b", "70b_serve_v4-16", "v4-16", ("prefill", "decode")),
 )
 
 

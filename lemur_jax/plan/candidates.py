@@ -26,6 +26,8 @@ FUSED = (
     "xla_enable_async_collective_permute=true",
     "xla_tpu_enable_async_collective_fusion=true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "xla_tpu_overlap_compute_collective_tc=true",
 )
 # remat, saved, offloaded: from the least memory to the most.
 POLICIES = (
@@ -100,7 +102,8 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
                     loss=loss,
                     micro_batches=micro,
                     explicit_gradients=explicit,
-                    compiler_options=SEPARATE,
+                    # Only v4 makes gathers asynchronous that are not fused with a product.
+                    compiler_options=SEPARATE if where.chip.name == "v4" else FUSED,
                 )
                 rows = config.data.batch_size // micro
                 length = config.data.sequence_length

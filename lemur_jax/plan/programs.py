@@ -75,9 +75,12 @@ class CompileRefused(LemurError):
     """
 
     def __init__(self, name: str, where: Slice, words: str):
-        self.words = words
+        self.name, self.where, self.words = name, where, words
         self.needed_bytes, self.usable_bytes = _exceeded(words)
         super().__init__(f"{name} does not compile for {where.name}: {self.reason()}")
+
+    def __reduce__(self):
+        return CompileRefused, (self.name, self.where, self.words)
 
     @property
     def exceeded_bytes(self) -> int | None:

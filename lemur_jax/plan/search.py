@@ -134,7 +134,9 @@ def _firsts(ranked: list[Candidate], key: Callable[[Candidate], Any]) -> list[Ca
 def variants(candidate: Candidate) -> list[Candidate]:
     """The same configuration with other flags and a smaller loss chunk."""
     config = candidate.config
-    other = dataclasses.replace(config, compiler_options=models.FUSED)
+    fused = config.compiler_options == models.FUSED
+    flags = models.SEPARATE if fused else models.FUSED
+    other = dataclasses.replace(config, compiler_options=flags)
     half = dataclasses.replace(config.loss, chunk_tokens=config.loss.chunk_tokens // 2)
     return [
         dataclasses.replace(candidate, config=changed)
