@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lemur_jax import checkpoint, sharding
-from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
+from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
 from lemur_jax.model.attention import describe
@@ -159,7 +159,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
                 read_metrics()
                 unread = None
                 with progress.paused():
-                    held_out = evaluate(eval_fn, state.model, pipeline, config.evaluation, mesh)
+                    held_out = evaluate(eval_fn, state.model, pipeline, config, mesh)
                 log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
                 report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
 
@@ -207,17 +207,17 @@ def device_batch(pipeline: Pipeline, step: int, micro_batches: int, rows: int, m
 
 
 def evaluate(
-    eval_fn: Callable, model, pipeline: Pipeline, config: EvaluationConfig, mesh: Mesh
+    eval_fn: Callable, model, pipeline: Pipeline, config: TrainConfig, mesh: Mesh
 ) -> dict[str, float]:
     """Held-out loss of each source, nats per token; the same batches every time."""
-    losses = {}
+    losses, parts = {}, config.micro_batches
+    rows = config.data.batch_size // parts
+    start, stop = sharding.local_row_range(rows, mesh)
     for source in pipeline.sources:
         sums = []
-        for index in range(min(config.batches, pipeline.evaluation_batches(source))):
-            batch = pipeline.evaluation(source, index)
-            rows = batch.inputs.shape[0]
-            start, stop = sharding.local_row_range(rows, mesh)
-            placed = (sharding.place(x[None, start:stop], start, rows, mesh) for x in batch)
+        for index in range(min(config.evaluation.batches, pipeline.evaluation_batches(source))):
+            batch = (x.reshape(parts, rows, -1) for x in pipeline.evaluation(source, index))
+            placed = (sharding.place(x[:, start:stop], start, rows, mesh) for x in batch)
             sums.append(eval_fn(model, Batch(*placed)))
         nll, _, tokens = (sum(column) for column in zip(*jax.device_get(sums)))
         losses[source] = float(nll / tokens)

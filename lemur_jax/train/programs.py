@@ -20,7 +20,7 @@ from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.data.pipeline import Batch
 from lemur_jax.model import param
 from lemur_jax.model.attention import resolve_implementation as resolve_attention
-from lemur_jax.train.loss import loss_sums
+from lemur_jax.train.loss import LossSums, loss_sums
 from lemur_jax.train.loss import resolve_implementation as resolve_loss
 from lemur_jax.train.optimizer import optimizer, schedule
 from lemur_jax.train.state import abstract_state
@@ -73,13 +73,21 @@ def step(config: TrainConfig, mesh: Mesh) -> Program:
 
 
 def evaluation(config: TrainConfig, mesh: Mesh) -> Program:
-    """Loss sums of a held-out batch, (model, [1,B,T] batch) -> LossSums; arguments as above."""
+    """Loss sums of a held-out batch, (model, [M,R,T] batch) -> LossSums; arguments as above.
+
+    In as many parts as a training step: rows that fit one at a time need not fit all at once.
+    """
 
     def evaluation(model, batch):
-        return loss_sums(model, jax.tree.map(lambda x: x[0], batch), config.loss)
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, loss_sums(model, part, config.loss)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        return jax.lax.scan(add, LossSums(zero, zero, zero), batch)[0]
 
     model = abstract_state(config.model, optimizer(config.optimizer), mesh).model
-    batch = abstract_batch(1, config.data.batch_size, config.data.sequence_length, mesh)
+    rows = config.data.batch_size // config.micro_batches
+    batch = abstract_batch(config.micro_batches, rows, config.data.sequence_length, mesh)
     return Program(jax.jit(evaluation), (model, batch))
 
 
