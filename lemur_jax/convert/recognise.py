@@ -33,7 +33,7 @@ def recognise(path: str | Path) -> str:
         return "easylm"
     if any(path.glob("consolidated.*.pth")) and not any(path.glob("model*.safetensors")):
         return "meta"
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or any(path.glob("model*.safetensors")):
         return "hf"
     there = sorted(child.name for child in path.iterdir())
     raise ConversionError(
