@@ -148,7 +148,7 @@ class Puncher:
         libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
         while not self.stop.wait(1):
             for directory in self.directories:
-                for file in directory.rglob("*"):
+                for file in sorted(directory.rglob("*")) if directory.exists() else ():
                     try:
                         found = file.stat()
                         if found.st_size < self.SMALLEST or found.st_blocks * 512 < self.SMALLEST:
