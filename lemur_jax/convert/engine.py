@@ -33,7 +33,7 @@ from lemur_jax.convert.turn import (
     without_padding,
 )
 
-_SYNC_SECONDS = 5.0  # how much work a kill may cost
+_SYNC_SECONDS = 1.0  # how much work a kill may cost
 
 
 @dataclass
