@@ -18,15 +18,17 @@ import tiny_hf
 from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig
 from lemur_jax.convert import engine, grain, plan
-from lemur_jax.convert.convert import Options, convert
+from lemur_jax.convert.chunks import ChunksTarget
+from lemur_jax.convert.convert import convert
 from lemur_jax.convert.disk import PAGE, DiskFile, aligned_empty
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.hf import import_hf
 from lemur_jax.convert.load import load_model
 from lemur_jax.convert.model import open_source
+from lemur_jax.convert.options import Options
 from lemur_jax.convert.stored import StoredTensor, contiguous
-from lemur_jax.convert.targets import ChunksTarget, FilesTarget
+from lemur_jax.convert.targets import FilesTarget
 from lemur_jax.convert.verify import verify
 from lemur_jax.sharding import make_mesh
 
@@ -308,7 +310,7 @@ def test_kill_minus_nine(tmp_path, to):
 
 @pytest.mark.parametrize("to", ["lemur", "hf"])
 def test_processes_share_the_work(tmp_path, small_blocks, to):
-    """Red when a process takes another's blocks, or process 0 does not wait for all of them."""
+    """Red when a process leaves out its own blocks, or process 0 does not wait for all of them."""
     source = tiny_hf.write(tmp_path / "hf")
     convert(source, tmp_path / "whole", Options(to=to, processes=1))
     results = []

@@ -9,9 +9,10 @@ import tiny_hf
 
 from lemur_jax import checkpoint
 from lemur_jax.config import model_config
-from lemur_jax.convert.convert import Options, convert
+from lemur_jax.convert.convert import convert
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.model import open_source
+from lemur_jax.convert.options import Options
 from lemur_jax.convert.verify import verify
 from lemur_jax.convert.vocabulary import CHATML
 from lemur_jax.data import tokenizer_files
