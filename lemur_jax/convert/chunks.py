@@ -1,7 +1,9 @@
 """A checkpoint of ours as a Target: chunk by chunk, as layers or as devices of a mesh read it."""
 
+import errno
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,13 +64,13 @@ class ChunksTarget:
             )
             for name, leaf in self._leaves.items()
         }
-        self._stores = {name: future.result() for name, future in pending.items()}
+        self._stores = {name: _done(future) for name, future in pending.items()}
 
     def write(self, name: str, region: Region, array: np.ndarray) -> None:
         """As Target. On a local disk a chunk is a file, which needs no encoding and no copy."""
         if not self._local:
             store = self._stores[name][tuple(region)]
-            store.write(array, can_reference_source_data_indefinitely=True).result()
+            _done(store.write(array, can_reference_source_data_indefinitely=True))
             return
         chunks = self.chunks[name]
         for part in grain.regions(array.shape, chunks):
@@ -83,7 +85,10 @@ class ChunksTarget:
         """As Target: a block is on the disk when its write returns."""
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Nothing is held open; what a kill left of TensorStore's locks goes."""
+        if self._local and self._item_dir.exists():
+            for lock in Path(self._item_dir).rglob("*.__lock"):
+                lock.unlink()
 
     def _write_file(self, path: str, array: np.ndarray) -> None:
         array = contiguous(array)
@@ -94,6 +99,20 @@ class ChunksTarget:
             file.sync()
         finally:
             file.close()
+
+
+def _done(future: Any) -> Any:
+    """The result of TensorStore's work.
+
+    Raises:
+      OSError: as any other write that fails: free space, or see to the network, and call again.
+    """
+    try:
+        return future.result()
+    except ValueError as error:
+        text = str(error).split(" [tensorstore_spec")[0]
+        full = "RESOURCE_EXHAUSTED" in text or "No space left" in text
+        raise OSError(errno.ENOSPC if full else errno.EIO, text) from error
 
 
 def _filled(array: np.ndarray, chunk: Shape) -> np.ndarray:

@@ -153,6 +153,9 @@ class _Job:
             journal.remove()
         except UnfinishedError:
             raise
+        except OSError:
+            say(f"stopped: what is written stays in {self.partial}; the same command goes on")
+            raise
         except LemurError:
             if first and not self.remote:  # trying again would not help
                 shutil.rmtree(self.partial, ignore_errors=True)

@@ -113,7 +113,7 @@ class FilesTarget:
             os.truncate(file.path, file.size)
             for offset, data in file.between:
                 opened.write(memoryview(data), offset)
-        self.sync()
+            opened.sync()
 
     def write(self, name: str, region: Region, array: np.ndarray) -> None:
         """As Target."""
@@ -143,10 +143,11 @@ class FilesTarget:
         part = rule.part(region, self._config)
         tensor = self._tensors[theirs]
         tensor.write(self._file(tensor.path), part.theirs, part.to_theirs(array))
+        with self._lock:
+            self._touched.add(tensor.path)  # after the write: a sync in between covers nothing
 
     def _file(self, path: Path) -> DiskFile:
         with self._lock:
-            self._touched.add(path)
             if path not in self._open:
                 self._open[path] = DiskFile(path)
             return self._open[path]
