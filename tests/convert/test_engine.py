@@ -17,7 +17,7 @@ import tiny_hf
 
 from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig
-from lemur_jax.convert import engine, grain, plan
+from lemur_jax.convert import chunks, engine, grain, plan
 from lemur_jax.convert.chunks import ChunksTarget
 from lemur_jax.convert.convert import convert
 from lemur_jax.convert.disk import PAGE, DiskFile, aligned_empty
@@ -343,8 +343,13 @@ def test_a_process_that_does_not_come(tmp_path, small_blocks):
 
 
 def test_through_tensorstore_as_on_an_object_store(tmp_path, small_blocks, monkeypatch):
-    """Red when a block is no whole chunk: TensorStore would read, change and write it."""
+    """Red when `_filled` puts ones behind the array, or a chunk is named by its first element."""
     source = tiny_hf.write(tmp_path / "hf")
+
+    def uneven(leaf, shards):  # chunks that do not divide their leaf
+        return tuple(max(1, 2 * size // 3) for size in leaf.shape)
+
+    monkeypatch.setattr(chunks, "_chunks", uneven)
     convert(source, tmp_path / "files", Options(to="lemur"))
     make = ChunksTarget.__init__
 
@@ -355,6 +360,7 @@ def test_through_tensorstore_as_on_an_object_store(tmp_path, small_blocks, monke
     monkeypatch.setattr(ChunksTarget, "__init__", remote)
     convert(source, tmp_path / "stores", Options(to="lemur"))
     assert tree(tmp_path / "stores") == tree(tmp_path / "files")
+    assert verify(source, tmp_path / "stores") == []
 
 
 def test_chunks_of_a_mesh(tmp_path, monkeypatch):
