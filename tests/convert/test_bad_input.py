@@ -260,6 +260,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole_and_is_gone_on_from(tmp_pat
         with pytest.raises(OSError, match="No space left"):
             export_hf(tmp_path / "ours", tmp_path / "o")
     assert list((tmp_path / "o").iterdir()) == []
+    assert (tmp_path / ".o.partial" / SINGLE).exists()
     assert not (tmp_path / ".o.partial" / "config.json").exists()
     export_hf(tmp_path / "ours", tmp_path / "o")
     assert tiny_hf.read_all(tmp_path / "o") == tiny_hf.read_all(tmp_path / "hf")
