@@ -256,6 +256,60 @@ def read_slices(step_dir: epath.PathLike, name: str) -> Iterator[np.ndarray]:
         raise _damaged(step_dir, {name: entry.item})
 
 
+class OpenArray:
+    """One array of a checkpoint, to be read in parts on the host. Nothing is verified: a digest
+    is of a whole array."""
+
+    def __init__(self, step_dir: epath.PathLike, name: str, entry: ArrayEntry, context: Any = None):
+        """Reads the array's metadata.
+
+        Args:
+          step_dir: the checkpoint.
+          name: of the array.
+          entry: what the manifest says of it.
+          context: from `slice_context`; bounds what is in flight.
+
+        Raises:
+          CheckpointError: damaged, or not what the manifest says.
+        """
+        self._item_dir, self._name = absolute(step_dir) / entry.item, name
+        try:
+            self._store = open_array(self._item_dir, name, context).result()
+        except ValueError as error:
+            raise CheckpointError(unreadable(self._item_dir, [name], error)) from error
+        found = (self._store.dtype.name, self._store.shape)
+        if found != (entry.dtype, entry.shape):
+            said = (entry.dtype, entry.shape)
+            wrong = ValueError(f"{name} is stored as {found}, the manifest says {said}")
+            raise CheckpointError(unreadable(self._item_dir, [name], wrong))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of what is read as one."""
+        return tuple(self._store.chunk_layout.read_chunk.shape)
+
+    @property
+    def plain_directory(self) -> str | None:
+        """Where each chunk is a local file of bare bytes, named by its numbers (0.1.0); else None:
+        Orbax's database, compression, or an object store."""
+        where = self._store.kvstore.spec().to_json()
+        bare = self._store.spec().to_json()["metadata"]["compressor"] is None
+        if where.get("driver") != "file" or not bare:
+            return None
+        return str(self._item_dir / self._name)
+
+    def read(self, region: Sequence[slice]) -> np.ndarray:
+        """A part, one slice for each axis.
+
+        Raises:
+          CheckpointError: damaged or unreadable data.
+        """
+        try:
+            return np.asarray(self._store[tuple(region)].read().result())
+        except ValueError as error:
+            raise CheckpointError(unreadable(self._item_dir, [self._name], error)) from error
+
+
 def _select_one(step_dir: epath.Path, name: str) -> ArrayEntry:
     arrays = describe(step_dir).arrays
     if name not in arrays:
