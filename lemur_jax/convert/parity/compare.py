@@ -17,6 +17,7 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.parity.logits import Divergence, divergences
+from lemur_jax.convert.parity.operations import explain
 from lemur_jax.convert.parity.ours import Ours, exact
 from lemur_jax.convert.parity.reference import GRAPH, Reference
 from lemur_jax.convert.parity.weights import Weights
@@ -132,7 +133,6 @@ def compare(
     *,
     tokens: int = 16,
     each_layer: Callable[[int], None] = lambda layer: None,
-    explain: Callable[..., str | None] = lambda *_: None,
 ) -> Comparison:
     """Runs both models in step.
 
@@ -141,10 +141,14 @@ def compare(
       b: run by our code. Must have a's shapes.
       tokens: of each of the two rows.
       each_layer: called before each layer with its number.
-      explain: called as (run, layer, operation, inputs, ours) for one that diverges; returns a note.
     """
+    with np.errstate(over="ignore", invalid="ignore"):  # B may hold inf: that is to be reported
+        return _compare(a, b, tokens, each_layer)
+
+
+def _compare(a, b, tokens, each_layer) -> Comparison:
     positions_BT = sample_positions(a.config, tokens)
-    run = _Run(a, b, positions_BT, explain)
+    run = _Run(a, b, positions_BT)
     layers = [run.embed(sample_tokens(a.config, positions_BT.shape))]
     outputs = []  # of the reference and of ours on the same input: [2, B, T, E] for each layer
     for layer in range(a.config.layers):
@@ -164,8 +168,8 @@ class _Run:
       own: of B in our code, run for itself.
     """
 
-    def __init__(self, a: Weights, b: Weights, positions_BT, explain):
-        self.a, self.b, self.explain = a, b, explain
+    def __init__(self, a: Weights, b: Weights, positions_BT):
+        self.a, self.b = a, b
         self.truth = Reference(a.config, positions_BT, np.float64)
         # Three runs at once: on the truth's inputs of each operation, of the layer, of the model.
         self.rounded = Reference(a.config, np.concatenate([positions_BT] * 3), np.float32)
@@ -203,11 +207,12 @@ class _Run:
                 near = self.rounded.compute(name, flat, *weights)
                 near = near.reshape(3, -1, *near.shape[1:])
                 runs[name] = near[1:]
-                del weights, stacked, flat
                 mine = self.ours.compute(name, inputs)
                 ops.append(_error(name, mine, values[name], near[0]))
-                if ops[-1].diverges and (note := self.explain(self, layer, name, inputs, mine)):
-                    notes.append(note)
+                if ops[-1].diverges and (
+                    note := explain(self.truth, name, inputs, mine, *weights)
+                ):
+                    notes.append(f"{name}: {note}")
             mine = self.ours.layer(np.concatenate([self.x, self.own]).astype(np.float32))
         mine, self.own = np.split(mine, 2)
         self.x, self.near = values["out"], runs["out"][1]

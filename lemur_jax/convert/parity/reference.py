@@ -80,6 +80,7 @@ class Reference:
         variant: Variant | None = None,
     ):
         self.config = config
+        self.positions_BT = positions_BT
         self.dtype = np.dtype(dtype)
         self.variant = variant or Variant()
         self.orders = {name: np.array(order) for name, order in self.variant.orders}

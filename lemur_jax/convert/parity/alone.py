@@ -1,0 +1,3 @@
+"""stub"""
+def judge(weights, text, say):
+    return []

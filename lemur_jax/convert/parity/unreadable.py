@@ -1,0 +1,58 @@
+"""A model that cannot be opened: which tensors are in what is missing or cut short.
+
+Reads headers only and trusts nothing in them: whatever is odd is left to the reader's own error.
+"""
+
+import json
+from pathlib import Path
+
+from lemur_jax.convert import safetensors
+
+_SHOWN = 4
+
+
+def lost_tensors(path: str | Path) -> list[str]:
+    """A line for each weight file of a Hugging Face directory that is not there, or not whole."""
+    directory = Path(path)
+    try:
+        index = json.loads((directory / safetensors.INDEX).read_text())
+        weight_map = {str(k): str(v) for k, v in index["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        weight_map = {}
+    lost = []
+    for file in sorted(set(weight_map.values()) | {safetensors.SINGLE}):
+        if Path(file).name != file:
+            continue
+        if (directory / file).is_file():
+            lost += _cut_short(directory / file)
+        elif file in weight_map.values():
+            names = [name for name, where in weight_map.items() if where == file]
+            lost.append(f"{file} is missing; it held {_listed(names)}: download it again")
+    return lost
+
+
+def _cut_short(path: Path) -> list[str]:
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, 100_000_000):
+                return [f"{path.name} ends inside its header: none of its tensors can be read"]
+            header = json.loads(file.read(length))
+        ends = {
+            name: 8 + length + int(entry["data_offsets"][1])
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return []
+    names = [name for name, end in ends.items() if end > size]
+    if not names:
+        return []
+    return [f"{path.name} is cut short at byte {size}; not whole: {_listed(names)}: copy it again"]
+
+
+def _listed(names: list[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
