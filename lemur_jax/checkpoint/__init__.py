@@ -20,7 +20,7 @@ them from its targets.
     agreement.py    processes that pass a stage together or fail together
     keep.py         which checkpoints of a run stay, step aside or go
     write.py        CheckpointWriter
-    read.py         restore, restore_latest, read_tensor, read_slices
+    read.py         restore, restore_latest, read_tensor, read_slices, read_region
 
 Measured on 8 CPU devices sharing 4 busy cores. 176 MB of float32 in 25 arrays: save returns after
 0.1-0.2 s (the first after 1.7 s: it compiles the digests), is complete after 0.4-0.6 s, 22 files;
@@ -46,7 +46,7 @@ from lemur_jax.checkpoint.manifest import (
     read_file,
     resolve,
 )
-from lemur_jax.checkpoint.read import read_slices, read_tensor, restore, restore_latest
+from lemur_jax.checkpoint.read import read_region, read_slices, read_tensor, restore, restore_latest
 from lemur_jax.checkpoint.write import CheckpointWriter
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "describe",
     "latest",
     "read_file",
+    "read_region",
     "read_slices",
     "read_tensor",
     "resolve",

@@ -28,7 +28,7 @@ _MIXES = (
 )
 _SEEDS = (0x243F6A88, 0xB7E15162)  # digits of pi and e: nothing up the sleeve
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-_BLOCK_ELEMENTS = 1 << 18  # numpy works through blocks of 1 MiB, which stay in a core's cache
+_BLOCK_ELEMENTS = 1 << 15  # numpy works through blocks of 128 KiB, which stay in a core's cache
 
 
 def _uint_type(dtype: np.dtype) -> type[np.unsignedinteger]:
@@ -147,28 +147,33 @@ class StreamingDigest:
         """
         if len(offset) != block.ndim:
             raise ValueError(f"offset {tuple(offset)} must have {block.ndim} coordinates")
-        if block.size > _BLOCK_ELEMENTS:
-            axis = next(d for d, size in enumerate(block.shape) if size > 1)
-            half = block.shape[axis] // 2
-            cut = [slice(None)] * axis
-            upper = [*offset]
-            upper[axis] += half
-            self.add(block[(*cut, slice(None, half))], offset)
-            self.add(block[(*cut, slice(half, None))], upper)
+        if not block.size:
             return
-        # At least one axis: numpy warns of overflow in scalars, and wrapping is what is wanted.
-        shape = block.shape or (1,)
-        bits = np.ascontiguousarray(block).reshape(shape).view(_uint_type(block.dtype))
-        bits = bits.astype(np.uint32)
+        kind = _uint_type(block.dtype)
+        # Rows of the last axis: what its coordinates add to the hash is the same for every row.
+        last = block.shape[-1] if block.ndim else 1
+        rows = np.ascontiguousarray(block).reshape(-1, last).view(kind)
+        outer = block.shape[:-1]
         for which, (constants, seed) in enumerate(zip(_MIXES, _SEEDS)):
-            where = np.full((1,) * len(shape), seed, np.uint32)
-            for axis, (size, start) in enumerate(zip(block.shape, offset)):
-                coordinate = np.arange(start, start + size, dtype=np.uint64).astype(np.uint32)
-                spread = np.uint32((axis + 1) * _SPREAD & 0xFFFFFFFF)
-                along = tuple(size if d == axis else 1 for d in range(block.ndim))
-                where = where + _mix(coordinate + spread, constants).reshape(along)
-            total = int(np.sum(_mix(bits ^ where, constants), dtype=np.uint64))
+            base = np.full(outer, seed, np.uint32).reshape(-1)
+            for axis, (size, start) in enumerate(zip(outer, offset)):
+                along = tuple(size if d == axis else 1 for d in range(len(outer)))
+                hashes = _axis_hashes(axis, start, size, constants).reshape(along)
+                base += np.broadcast_to(hashes, outer).reshape(-1)
+            inner = np.zeros(1, np.uint32)
+            if block.ndim:
+                inner = _axis_hashes(block.ndim - 1, offset[-1], last, constants)
+            total = _sum_of_rows(rows, base, inner, constants)
             self._sums[which] = (self._sums[which] + total) & 0xFFFFFFFF
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """The state: sums of parts, added by `add_sums`, make the digest of the whole."""
+        return self._sums[0], self._sums[1]
+
+    def add_sums(self, sums: Sequence[int]) -> None:
+        """Adds what another digest has seen of other elements of the same array."""
+        self._sums = [(a + b) & 0xFFFFFFFF for a, b in zip(self._sums, sums, strict=True)]
 
     def hexdigest(self) -> str:
         """16 hex digits, equal to `digest_arrays` of the whole array."""
@@ -180,3 +185,36 @@ def digest_numpy(array: np.ndarray) -> str:
     digest = StreamingDigest()
     digest.add(array, (0,) * array.ndim)
     return digest.hexdigest()
+
+
+def _axis_hashes(axis: int, start: int, size: int, constants) -> np.ndarray:
+    coordinate = np.arange(start, start + size, dtype=np.uint64).astype(np.uint32)
+    return _mix(coordinate + np.uint32((axis + 1) * _SPREAD & 0xFFFFFFFF), constants)
+
+
+def _sum_of_rows(rows: np.ndarray, base: np.ndarray, inner: np.ndarray, constants) -> int:
+    """Sum over rows [R,N] of mix(bits ^ (base [R] + inner [N])), in pieces that stay in cache."""
+    shift_a, times_a, shift_b, times_b, shift_c = (np.uint32(c) for c in constants)
+    width = min(rows.shape[1], _BLOCK_ELEMENTS)
+    height = max(1, _BLOCK_ELEMENTS // width)
+    mixed, scratch = (np.empty((height, width), np.uint32) for _ in range(2))
+    total = 0
+    for top in range(0, rows.shape[0], height):
+        for left in range(0, rows.shape[1], width):
+            bits = rows[top : top + height, left : left + width]
+            x, t = (
+                mixed[: bits.shape[0], : bits.shape[1]],
+                scratch[: bits.shape[0], : bits.shape[1]],
+            )
+            np.add(base[top : top + height, None], inner[None, left : left + width], out=x)
+            np.bitwise_xor(x, bits, out=x)
+            np.right_shift(x, shift_a, out=t)
+            np.bitwise_xor(x, t, out=x)
+            np.multiply(x, times_a, out=x)
+            np.right_shift(x, shift_b, out=t)
+            np.bitwise_xor(x, t, out=x)
+            np.multiply(x, times_b, out=x)
+            np.right_shift(x, shift_c, out=t)
+            np.bitwise_xor(x, t, out=x)
+            total += int(np.add.reduce(x, axis=None, dtype=np.uint32))
+    return total & 0xFFFFFFFF

@@ -45,9 +45,16 @@ def open_array(item_dir: epath.Path, name: str) -> Any:
     spec = {
         "driver": "zarr",
         "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
-        "kvstore": {"driver": "ocdbt", "base": _url(item_dir), "path": f"{name}/"},
+        "kvstore": kvstore(item_dir, name),
     }
     return tensorstore.open(spec, open=True, read=True)
+
+
+def kvstore(item_dir: epath.Path, name: str) -> Any:
+    """Where an array's keys are: in Orbax's database, or each in a file of its own (convert)."""
+    if (item_dir / "manifest.ocdbt").exists():
+        return {"driver": "ocdbt", "base": _url(item_dir), "path": f"{name}/"}
+    return f"{_url(item_dir)}{name}/"
 
 
 def _url(path: epath.Path) -> str:

@@ -256,6 +256,28 @@ def read_slices(step_dir: epath.PathLike, name: str) -> Iterator[np.ndarray]:
         raise _damaged(step_dir, {name: entry.item})
 
 
+def read_region(
+    step_dir: epath.PathLike, manifest: Manifest, name: str, region: Sequence[slice]
+) -> np.ndarray:
+    """A part of one array on the host. Not verified: a digest is of a whole array.
+
+    Args:
+      step_dir: the checkpoint.
+      manifest: its manifest, read once by the caller.
+      name: of an array.
+      region: a slice for each axis.
+
+    Raises:
+      CheckpointError: damaged or unreadable data.
+    """
+    item_dir = absolute(step_dir) / manifest.arrays[name].item
+    try:
+        store = open_array(item_dir, name).result()
+        return np.asarray(store[tuple(region)].read().result())
+    except ValueError as error:
+        raise CheckpointError(unreadable(item_dir, [name], error)) from error
+
+
 def _select_one(step_dir: epath.Path, name: str) -> ArrayEntry:
     arrays = describe(step_dir).arrays
     if name not in arrays:

@@ -28,30 +28,16 @@ from lemur_jax.convert.cast import cast, check_dtype
 from lemur_jax.convert.destination import appearing, check_new
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
-from lemur_jax.convert.hf_source import HFModel, open_hf
+from lemur_jax.convert.model import open_source
+from lemur_jax.convert.ours import PREFIX
 from lemur_jax.convert.progress import progress
-from lemur_jax.convert.recognise import recognise, step_directory
+from lemur_jax.convert.recognise import step_directory
 from lemur_jax.convert.rules import Rule
+from lemur_jax.convert.small_files import GENERATION_CONFIG, HF_DIR, TOKENIZER_DIR
+from lemur_jax.convert.stored import whole
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
 
-PREFIX = "params/"  # of the names of weights in a checkpoint
-TOKENIZER_DIR = "tokenizer"  # of the tokenizer's files in a checkpoint
-HF_DIR = "hf"  # of other small files that came from an HF directory
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-)
-GENERATION_CONFIG = "generation_config.json"
-# Llama's licence asks that it travels with the weights.
-_CARRIED_FILES = (GENERATION_CONFIG, "LICENSE*", "NOTICE*", "USE_POLICY*")
 _SHARD_BYTES = 5_000_000_000  # transformers' habit
 _TOKEN_IDS = ("bos", "eos", "pad")
 
@@ -80,28 +66,23 @@ def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = No
       CheckpointError: the checkpoint cannot be written.
     """
     check_new(out_dir)
-    hf = open_hf(hf_dir, dtype=dtype)
-    extras = _extras(hf, dtype)
+    hf = open_source(hf_dir, dtype=dtype)
+    extras = dict(hf.extras)
+    if dtype is not None:
+        extras |= {"config": config_to_hf(hf.config, extras["config"], dtype)}
+        extras |= {"weights_dtype": hf.config.param_dtype}
     about = {"kind": "params", "model": dataclasses.asdict(hf.config), "hf_extras": extras}
-    total = sum(np.prod(hf.shape(n), dtype=int) * hf.dtypes[n].itemsize for n in hf.names)
+    total = sum(np.prod(hf.shape(n), dtype=int) * hf.dtype(n).itemsize for n in hf.names)
     cpu = _host()
     arrays = {}
-    with progress(f"reading {hf.directory}", int(total)) as advance:
+    with progress(f"reading {hf.path}", int(total)) as advance:
         for name in hf.names:
             leaf = hf.read(name)
             arrays[PREFIX + name] = jax.device_put(leaf, cpu)
             advance(name, leaf.nbytes)
     with checkpoint.CheckpointWriter(out_dir, keep_latest=1) as writer:
-        writer.save(0, {"params": arrays}, about=about, files=_carried_files(hf.directory))
+        writer.save(0, {"params": arrays}, about=about, files=hf.files())
     return step_directory(out_dir)
-
-
-def _extras(hf: HFModel, dtype: str | None = None) -> dict[str, Any]:
-    return {
-        "config": hf.source if dtype is None else config_to_hf(hf.config, hf.source, dtype),
-        "weights_dtype": hf.config.param_dtype,
-        "tied_head": hf.tied_head,
-    }
 
 
 def carried(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
@@ -113,16 +94,8 @@ def carried(path: str | Path) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     Args:
       path: an HF directory, or a checkpoint of ours.
     """
-    if recognise(path) == "hf":
-        return _extras(open_hf(path)), _carried_files(Path(path))
-    step_dir = step_directory(path)
-    manifest = checkpoint.describe(step_dir)
-    files = {
-        name: checkpoint.read_file(step_dir, name)
-        for name in manifest.files
-        if name.startswith((f"{HF_DIR}/", f"{TOKENIZER_DIR}/"))
-    }
-    return manifest.about.get("hf_extras"), files
+    source = open_source(path)
+    return source.extras, source.files()
 
 
 def _host() -> jax.Device:
@@ -134,18 +107,6 @@ def _host() -> jax.Device:
         raise ConversionError(
             [f"JAX_PLATFORMS={platforms!r} hides the CPU, which must hold the weights: add ',cpu'"]
         ) from error
-
-
-def _carried_files(hf_dir: Path) -> dict[str, bytes]:
-    files = {}
-    for name in TOKENIZER_FILES:
-        if (hf_dir / name).is_file():
-            files[f"{TOKENIZER_DIR}/{name}"] = (hf_dir / name).read_bytes()
-    for pattern in _CARRIED_FILES:
-        for path in sorted(hf_dir.glob(pattern)):
-            if path.is_file():
-                files[f"{HF_DIR}/{path.name}"] = path.read_bytes()
-    return files
 
 
 # ---------------------------------------------------------------------------------------------
@@ -266,14 +227,21 @@ def _planned(table, config, dtypes) -> list[safetensors.Planned]:
 def _write_weights(step_dir, directory, table, config, planned, max_shard_bytes) -> None:
     dtype_of = {tensor.name: tensor.dtype for tensor in planned}
     total = sum(tensor.nbytes for tensor in planned)
-    with (
-        safetensors.ShardedWriter(directory, planned, max_shard_bytes) as writer,
-        progress(f"writing {directory.name}", total) as advance,
-    ):
+    files, index = safetensors.layout(directory, planned, max_shard_bytes)
+    tensors = {}
+    for file in files:
+        file.path.write_bytes(file.header)
+        os.truncate(file.path, file.size)
+        tensors |= {tensor.name: tensor for tensor in file.tensors}
+    if index is not None:
+        (directory / safetensors.INDEX).write_text(index)
+    with progress(f"writing {directory.name}", total) as advance:
         for rule in table:
             for name, array in zip(rule.source_names(config), _slices(step_dir, rule), strict=True):
                 array = cast(rule.to_theirs(array, config), dtype_of[name], name)
-                writer.write(name, array)
+                descriptor = os.open(tensors[name].path, os.O_WRONLY)
+                tensors[name].write(descriptor, whole(array.shape), array)
+                os.close(descriptor)
                 advance(name, array.nbytes)
 
 

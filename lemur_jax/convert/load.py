@@ -12,9 +12,9 @@ from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert.cast import cast
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.hf import PREFIX
 from lemur_jax.convert.hf_config import COMPUTATION
-from lemur_jax.convert.hf_source import open_hf
+from lemur_jax.convert.model import open_source
+from lemur_jax.convert.ours import PREFIX
 from lemur_jax.convert.recognise import recognise, step_directory
 from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder, abstract
@@ -44,18 +44,18 @@ def load_model(
       ConversionError: `path` is neither, cannot be read, or is of another model than asked for.
       CheckpointError: a checkpoint of ours is incomplete or damaged.
     """
-    if recognise(path) == "hf":
-        return _from_hf(Path(path), mesh, config)
-    return _from_checkpoint(step_directory(path), mesh, config)
+    if recognise(path) == "lemur":
+        return _from_checkpoint(step_directory(path), mesh, config)
+    return _from_files(Path(path), mesh, config)
 
 
-def _from_hf(
+def _from_files(
     path: Path, mesh: Mesh | None, config: ModelConfig | None
 ) -> tuple[Decoder, os.PathLike]:
-    hf = open_hf(path)
+    hf = open_source(path)
     if config is not None:
         _check_same(path, hf.config, config)
-        hf = dataclasses.replace(hf, config=config)  # pads the vocabulary as asked
+        hf = hf.with_config(config)  # pads the vocabulary as asked
     targets = _targets(hf.config, mesh)
     flat = {}
     for name, target in targets.items():

@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 
 from lemur_jax import checkpoint
+from lemur_jax.convert import easylm
 from lemur_jax.convert.errors import ConversionError
 
 
 def recognise(path: str | Path) -> str:
-    """Says "hf" or "lemur", by what a directory contains.
+    """Says "hf", "meta", "easylm" or "lemur", by what a path contains.
 
-    A path with a scheme (gs://) is taken for ours: HF directories are read from local disks only.
+    A path with a scheme (gs://) is taken for ours: other formats are read from local disks only.
 
     Raises:
       ConversionError: neither; lists what was looked for and what is there.
@@ -18,6 +19,8 @@ def recognise(path: str | Path) -> str:
     if "://" in str(path):
         return "lemur"
     path = Path(path)
+    if path.is_file() and any(path.match(pattern) for pattern in easylm.PATTERNS):
+        return "easylm"
     if not path.is_dir():
         raise ConversionError(
             [f"{path} is not a directory: give a run, checkpoint or HF directory"]
@@ -26,14 +29,19 @@ def recognise(path: str | Path) -> str:
         return "lemur"
     if checkpoint.complete_steps(path):
         return "lemur"
-    if (path / "config.json").is_file():
+    if easylm.streams(path):
+        return "easylm"
+    if any(path.glob("consolidated.*.pth")) and not any(path.glob("model*.safetensors")):
+        return "meta"
+    if (path / "config.json").is_file() or any(path.glob("model*.safetensors")):
         return "hf"
     there = sorted(child.name for child in path.iterdir())
     raise ConversionError(
         [
             f"{path} is neither a checkpoint of ours (looked for {checkpoint.MANIFEST}, "
             f"{checkpoint.CHECKPOINTS}/, <step>/{checkpoint.MANIFEST}) nor a Hugging Face "
-            f"directory (looked for config.json); it holds {', '.join(there[:12]) or 'nothing'}"
+            "directory (looked for config.json), nor Meta's (consolidated.*.pth) or EasyLM's "
+            f"({easylm.STREAM}); it holds {', '.join(there[:12]) or 'nothing'}"
         ]
     )
 

@@ -5,7 +5,8 @@ exchanged, so import and export cannot drift apart. Patterns only permute and sp
 scaled or added, so a round trip gives back the same bits.
 
 Letters of a pattern are the dimension key in lower case: e embed, h heads, k kv heads, d head dim,
-f mlp, v vocab. Our vocabulary has padding rows, theirs has none; see `pad_vocab`.
+f mlp, v vocab; r, j: the two parts of a rotated pair, and the pairs of a head. Our vocabulary has
+padding rows, theirs has none.
 """
 
 import dataclasses
@@ -18,9 +19,8 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.stored import Region, Shape, whole
 from lemur_jax.sharding import padded_vocab
-
-Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,24 +59,99 @@ class Rule:
 
     def to_ours(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
         """One tensor of theirs in our axis order, vocabulary padded with zeros."""
-        array = einops.rearrange(array, self.pattern, **self._split(config))
-        return _pad_vocab(array, self._vocab_axis(), padded_vocab(config))
+        return self.part(whole(self._inner_shape(config)), config).to_ours(array)
 
     def to_theirs(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
         """The inverse of `to_ours`: padding rows cut off, axes in their order."""
-        axis = self._vocab_axis()
-        if axis is not None:
-            array = array[(slice(None),) * axis + (slice(config.vocab_size),)]
-        left, right = self.pattern.split("->")
-        return einops.rearrange(array, f"{right} -> {left}", **self._split(config))
+        return self.part(whole(self._inner_shape(config)), config).to_theirs(array)
 
-    def _split(self, config: ModelConfig) -> dict[str, int]:
+    def part(self, region: Region, config: ModelConfig) -> "Part":
+        """A region of one layer of the leaf, and where it lies in the tensor of theirs.
+
+        Args:
+          region: of our axes, without the layer; may reach into the padding of the vocabulary.
+          config: the model.
+        """
+        by_letter = sizes(config)
+        left, right = (_axes(side) for side in self.pattern.split("->"))
+        cut, rest, pad = {}, [], None
+        for axis, wanted in zip(right, region, strict=True):
+            if not _leads(axis, left):
+                rest.append(wanted)
+                continue
+            stop = by_letter[axis]
+            cut[axis] = slice(min(wanted.start, stop), min(wanted.stop, stop))
+            missing = wanted.stop - wanted.start - (cut[axis].stop - cut[axis].start)
+            rest.append(slice(0, cut[axis].stop - cut[axis].start))
+            if missing:
+                pad = (len(rest) - 1, missing)
+        theirs = []
+        for group in left:
+            inner = math.prod(by_letter[letter] for letter in group[1:])
+            first = cut.get(group[0], slice(0, by_letter[group[0]]))
+            theirs.append(slice(first.start * inner, first.stop * inner))
+        lengths = by_letter | {k: s.stop - s.start for k, s in cut.items()}
         letters = set(re.findall("[a-z]", self.pattern))
-        return {letter: size for letter, size in sizes(config).items() if letter in letters}
+        lengths = {letter: lengths[letter] for letter in letters}
+        return Part(self.pattern, tuple(theirs), lengths, tuple(rest), pad)
 
-    def _vocab_axis(self) -> int | None:
-        axes = self.pattern.split("->")[1].split()
-        return axes.index("v") if "v" in axes else None
+    def may_cut(self) -> tuple[bool, ...]:
+        """For each of our axes without the layer: whether a part of it is a part of theirs."""
+        left, right = (_axes(side) for side in self.pattern.split("->"))
+        return tuple(_leads(axis, left) for axis in right)
+
+    def rows_axis(self) -> int | None:
+        """Our axis (without the layer) that runs along their rows: cutting it cuts no row."""
+        left, right = (_axes(side) for side in self.pattern.split("->"))
+        return right.index(left[0][0]) if left[0][0] in right else None
+
+    def _inner_shape(self, config: ModelConfig) -> Shape:
+        shape = self.our_shape(config)
+        return shape[1:] if self.stacked else shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A region of one tensor of theirs and the same region of ours.
+
+    Attributes:
+      pattern: of the rule.
+      theirs: the region of their tensor that must be read, or is written.
+      lengths: of each letter of the pattern within it.
+      rest: what is cut out of our axes after the rearrangement, where theirs could not be cut.
+      pad: (our axis, rows of zeros behind), of the vocabulary; None: none.
+    """
+
+    pattern: str
+    theirs: Region
+    lengths: dict[str, int]
+    rest: Region
+    pad: tuple[int, int] | None
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """Their region in our axis order; a view where the padding allows."""
+        array = einops.rearrange(array, self.pattern, **self.lengths)[self.rest]
+        if self.pad is None:
+            return array
+        axis, rows = self.pad
+        return np.pad(array, [(0, rows if d == axis else 0) for d in range(array.ndim)])
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """Our region in their axis order, padding rows cut off; a view."""
+        if self.pad is not None:
+            axis, rows = self.pad
+            array = array[(slice(None),) * axis + (slice(array.shape[axis] - rows),)]
+        left, right = self.pattern.split("->")
+        return einops.rearrange(array, f"{right} -> {left}", **self.lengths)
+
+
+def _axes(side: str) -> list[str]:
+    """The letters of each axis: "(h d) e" -> ["hd", "e"]."""
+    return [re.sub("[^a-z]", "", axis) for axis in re.findall(r"\([^)]*\)|[a-z]", side)]
+
+
+def _leads(axis: str, groups: list[str]) -> bool:
+    return len(axis) == 1 and any(group[0] == axis for group in groups)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -88,23 +163,18 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "d": config.head_dim,
         "f": config.mlp,
         "v": config.vocab_size,
+        # Interleaved heads: d = (j r), r the two halves of a rotated pair.
+        "r": 2,
+        "j": config.head_dim // 2,
     }
 
 
 def _shape(side: str, by_letter: dict[str, int]) -> Shape:
-    axes = re.findall(r"\([^)]*\)|[a-z]", side)
-    return tuple(math.prod(by_letter[letter] for letter in re.findall("[a-z]", a)) for a in axes)
-
-
-def _pad_vocab(array: np.ndarray, axis: int | None, rows: int) -> np.ndarray:
-    if axis is None or array.shape[axis] == rows:
-        return array
-    widths = [(0, rows - n if d == axis else 0) for d, n in enumerate(array.shape)]
-    return np.pad(array, widths)
+    return tuple(math.prod(by_letter[letter] for letter in axis) for axis in _axes(side))
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Found:
     """A tensor that a checkpoint of theirs contains.
 
     Attributes:
@@ -119,7 +189,7 @@ class Source:
 
 
 def check_complete(
-    rules: Sequence[Rule], config: ModelConfig, leaves: dict[str, Shape], sources: Iterable[Source]
+    rules: Sequence[Rule], config: ModelConfig, leaves: dict[str, Shape], sources: Iterable[Found]
 ) -> None:
     """Every tensor has a place and every leaf is filled exactly once, or nothing is converted.
 
@@ -134,7 +204,7 @@ def check_complete(
         leaf that nothing fills, a leaf filled twice, a wrong shape (expected and found).
     """
     rule_of = {name: rule for rule in rules for name in rule.source_names(config)}
-    filled: dict[str, Source] = {}
+    filled: dict[str, Found] = {}
     problems = []
     for source in sources:
         rule = rule_of.get(source.name)

@@ -1,4 +1,4 @@
-"""Reads and writes safetensors, one tensor at a time.
+"""Where tensors lie in safetensors files, those that are and those to be.
 
 A file is: 8 bytes, little endian, the length N of the header; N bytes of JSON, {name: {"dtype",
 "shape", "data_offsets": [start, stop]}, "__metadata__": {str: str}}; then the data, without holes.
@@ -9,7 +9,6 @@ A file is: 8 bytes, little endian, the length N of the header; N bytes of JSON, 
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.json_file import json_text
+from lemur_jax.convert.stored import StoredTensor
 
 DTYPES = {
     "F64": np.dtype(np.float64),
@@ -49,31 +50,12 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies.
-
-    Attributes:
-      name, shape, dtype: of the tensor.
-      start: first byte, counted from the beginning of the file.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 # ---------------------------------------------------------------------------------------------
 # Reading
 # ---------------------------------------------------------------------------------------------
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a file, by name. Reads the header only, and checks it against the file size.
 
     Raises:
@@ -104,25 +86,6 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def read(path: Path, tensor: Tensor) -> np.ndarray:
-    """One tensor, in a fresh array."""
-    array = np.empty(tensor.shape, tensor.dtype)
-    view = memoryview(array.reshape(-1).view(np.uint8)) if array.size else memoryview(b"")
-    with open(path, "rb", buffering=0) as file:
-        file.seek(tensor.start)
-        done = 0
-        while done < len(view):
-            got = file.readinto(view[done:])
-            if not got:
-                raise _damaged(
-                    path,
-                    f"truncated: {tensor.name} needs bytes up to {tensor.start + tensor.nbytes}, "
-                    f"the file ends at {tensor.start + done}",
-                )
-            done += got
-    return array
-
-
 def _damaged(path: Path, what: str) -> ConversionError:
     return ConversionError([f"{path} is damaged: {what}. Download or copy it again"])
 
@@ -140,7 +103,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _entry(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         good = isinstance(shape, list) and all(_is_size(n) for n in (*shape, start, stop))
@@ -152,7 +115,8 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
         raise ConversionError(
             [f"{path}: {name!r} has dtype {dtype!r}, which is unknown; known: {', '.join(DTYPES)}"]
         )
-    tensor = Tensor(name, tuple(shape), DTYPES[dtype], data_start + start)
+    extents = ((data_start + start, stop - start),)
+    tensor = StoredTensor(path, name, tuple(shape), DTYPES[dtype], extents)
     if stop - start != tensor.nbytes:
         raise _damaged(
             path,
@@ -162,15 +126,14 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     return tensor
 
 
-def _check_layout(path: Path, tensors: Sequence[Tensor], data_start: int, size: int) -> None:
+def _check_layout(path: Path, tensors: Sequence[StoredTensor], data_start: int, size: int) -> None:
     end, before = data_start, "the header"
-    for tensor in sorted(tensors, key=lambda t: (t.start, t.nbytes)):
-        if tensor.start != end:
-            how = "overlaps" if tensor.start < end else "leaves a hole after"
-            raise _damaged(
-                path, f"{tensor.name!r} starts at byte {tensor.start} and {how} {before}"
-            )
-        end, before = tensor.start + tensor.nbytes, repr(tensor.name)
+    for tensor in sorted(tensors, key=lambda t: (t.extents[0][0], t.nbytes)):
+        start = tensor.extents[0][0]
+        if start != end:
+            how = "overlaps" if start < end else "leaves a hole after"
+            raise _damaged(path, f"{tensor.name!r} starts at byte {start} and {how} {before}")
+        end, before = start + tensor.nbytes, repr(tensor.name)
     if size < end:
         raise _damaged(path, f"truncated: expected {end} bytes, found {size}")
     if size > end:
@@ -195,99 +158,75 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardFile:
+    """A file to be: its header, and where each tensor goes.
+
+    Attributes:
+      path: where it will lie.
+      header: its first bytes.
+      tensors: in the order of the file.
+      size: of the whole file, bytes.
+    """
+
+    path: Path
+    header: bytes
+    tensors: tuple[StoredTensor, ...]
+    size: int
+
+
+def layout(
+    directory: Path, tensors: Sequence[Planned], max_shard_bytes: int
+) -> tuple[list[ShardFile], str | None]:
+    """One or more files that hold `tensors`, known in advance, in their order.
+
+    Args:
+      directory: where the files will lie.
+      tensors: everything that will be written.
+      max_shard_bytes: of one file's data, if no single tensor is larger.
+
+    Returns:
+      The files, and the text of their index; None: a single file needs none.
+    """
+    shards = list(_shards(tensors, max_shard_bytes))
+    count = len(shards)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    if count == 1:
+        return [_shard_file(directory / SINGLE, shards[0])], None
+    weight_map = {t.name: name for name, shard in zip(names, shards) for t in shard}
+    total = sum(tensor.nbytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    files = [_shard_file(directory / name, shard) for name, shard in zip(names, shards)]
+    return files, json_text(index)
+
+
 def _shards(tensors: Sequence[Planned], max_shard_bytes: int) -> Iterator[list[Planned]]:
     shard: list[Planned] = []
+    used = 0
     for tensor in tensors:
-        if shard and sum(t.nbytes for t in shard) + tensor.nbytes > max_shard_bytes:
+        if shard and used + tensor.nbytes > max_shard_bytes:
             yield shard
-            shard = []
+            shard, used = [], 0
         shard.append(tensor)
+        used += tensor.nbytes
     yield shard
 
 
-class ShardedWriter:
-    """Writes a set of tensors, known in advance, to one or more files, in any order.
-
-    Headers are written first; each tensor then goes to its place as it comes, and is not held.
-    Use as a context manager: leaving it without an error checks that every tensor has come.
-    """
-
-    def __init__(self, directory: Path, tensors: Sequence[Planned], max_shard_bytes: int):
-        """Creates the files (and the index, if there are several) in an existing directory.
-
-        Args:
-          directory: must not hold files of these names.
-          tensors: everything that will be written, in the order of the files.
-          max_shard_bytes: of one file's data, if no single tensor is larger.
-        """
-        shards = list(_shards(tensors, max_shard_bytes))
-        count = len(shards)
-        self._waiting: dict[str, tuple[Any, Tensor]] = {}
-        self._files = []
-        weight_map = {}
-        for number, shard in enumerate(shards, 1):
-            name = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            # Held open for many writes; closed by __exit__.
-            file = open(directory / name, "xb", buffering=0)  # noqa: SIM115
-            self._files.append(file)
-            for tensor in _start_file(file, shard):
-                self._waiting[tensor.name] = (file, tensor)
-                weight_map[tensor.name] = name
-        if count > 1:
-            total = sum(t.nbytes for t in tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (directory / INDEX).write_text(text)
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Puts one tensor in its place.
-
-        Raises:
-          ValueError: not planned, already written, or of another shape or dtype than planned.
-        """
-        if name not in self._waiting:
-            raise ValueError(f"{name!r} was not planned or has been written already")
-        file, tensor = self._waiting[name]
-        if array.shape != tensor.shape or array.dtype != tensor.dtype:
-            raise ValueError(
-                f"{name!r}: planned {tensor.dtype} {tensor.shape}, got {array.dtype} {array.shape}"
-            )
-        flat = np.ascontiguousarray(array).reshape(-1)
-        view = memoryview(flat.view(np.uint8)) if flat.size else memoryview(b"")
-        file.seek(tensor.start)
-        done = 0
-        while done < len(view):
-            done += file.write(view[done:])
-        del self._waiting[name]
-
-    def __enter__(self) -> "ShardedWriter":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        for file in self._files:
-            if error is None:
-                os.fsync(file.fileno())
-            file.close()
-        if error is None and self._waiting:
-            raise ValueError(f"never written: {', '.join(self._waiting)}")
-
-
-def _start_file(file, shard: Sequence[Planned]) -> list[Tensor]:
-    """Writes the header and gives the file its final size; returns where each tensor goes."""
+def _shard_file(path: Path, shard: Sequence[Planned]) -> ShardFile:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    offset = 0
+    offsets = [0]
     for tensor in shard:
+        offsets.append(offsets[-1] + tensor.nbytes)
         header[tensor.name] = {
             "dtype": _NAME_OF[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
+            "data_offsets": offsets[-2:],
         }
-        offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(8 + len(text) + offset)
     start = 8 + len(text)
-    return [
-        Tensor(t.name, t.shape, t.dtype, start + header[t.name]["data_offsets"][0]) for t in shard
-    ]
+    placed = tuple(
+        StoredTensor(path, t.name, t.shape, t.dtype, ((start + at, t.nbytes),))
+        for t, at in zip(shard, offsets)
+    )
+    return ShardFile(path, len(text).to_bytes(8, "little") + text, placed, start + offsets[-1])

@@ -1,6 +1,8 @@
 """The tables: which tensor of another checkpoint is which weight of ours.
 
-Dimension key (lower case in patterns): e embed, h heads, k kv heads, d head dim, f mlp, v vocab.
+Dimension key (lower case in patterns): e embed, h heads, k kv heads, d head dim, f mlp, v vocab;
+j pairs of a head, r the two parts of a pair (d = r j as we and Hugging Face order them: first all
+first parts, then all second ones; Meta and EasyLM interleave them: d = j r).
 A torch Linear holds [out, in]; ours hold [in, out] with heads split.
 """
 
@@ -39,6 +41,42 @@ HF_TIED_HEAD_OF = "model.embed_tokens.weight"
 
 # Buffers of old checkpoints that follow from the config: checked, then dropped.
 HF_INVERSE_FREQUENCIES = "rotary_emb.inv_freq"
+
+
+META = (
+    Rule("table", "tok_embeddings.weight", "v e -> v e"),
+    Rule("layers/attention_norm", "layers.{}.attention_norm.weight", "e -> e"),
+    Rule("layers/wq", "layers.{}.attention.wq.weight", "(h j r) e -> e h (r j)"),
+    Rule("layers/wk", "layers.{}.attention.wk.weight", "(k j r) e -> e k (r j)"),
+    Rule("layers/wv", "layers.{}.attention.wv.weight", "(k d) e -> e k d"),
+    Rule("layers/wo", "layers.{}.attention.wo.weight", "e (h d) -> h d e"),
+    Rule("layers/mlp_norm", "layers.{}.ffn_norm.weight", "e -> e"),
+    Rule("layers/w_gate", "layers.{}.feed_forward.w1.weight", "f e -> e f"),
+    Rule("layers/w_up", "layers.{}.feed_forward.w3.weight", "f e -> e f"),
+    Rule("layers/w_down", "layers.{}.feed_forward.w2.weight", "e f -> f e"),
+    Rule("norm", "norm.weight", "e -> e"),
+    Rule("head", "output.weight", "v e -> e v"),
+)
+META_INVERSE_FREQUENCIES = "rope.freqs"
+# Axis along which Meta's model parallelism splits a tensor; the others are in every file.
+META_SPLIT = {
+    "wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w2": 1, "w3": 0, "output": 0,
+}  # fmt: skip
+
+EASYLM = (
+    Rule("table", "transformer/wte/embedding", "v e -> v e"),
+    Rule("layers/attention_norm", "transformer/h/{}/attention_norm/kernel", "e -> e"),
+    Rule("layers/wq", "transformer/h/{}/attention/wq/kernel", "e (h j r) -> e h (r j)"),
+    Rule("layers/wk", "transformer/h/{}/attention/wk/kernel", "e (k j r) -> e k (r j)"),
+    Rule("layers/wv", "transformer/h/{}/attention/wv/kernel", "e (k d) -> e k d"),
+    Rule("layers/wo", "transformer/h/{}/attention/wo/kernel", "(h d) e -> h d e"),
+    Rule("layers/mlp_norm", "transformer/h/{}/ffn_norm/kernel", "e -> e"),
+    Rule("layers/w_gate", "transformer/h/{}/feed_forward/w1/kernel", "e f -> e f"),
+    Rule("layers/w_up", "transformer/h/{}/feed_forward/w3/kernel", "e f -> e f"),
+    Rule("layers/w_down", "transformer/h/{}/feed_forward/w2/kernel", "f e -> f e"),
+    Rule("norm", "transformer/ln_f/kernel", "e -> e"),
+    Rule("head", "lm_head/kernel", "e v -> e v"),
+)
 
 
 def hf_llama(config: ModelConfig) -> tuple[Rule, ...]:

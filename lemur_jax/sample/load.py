@@ -10,8 +10,9 @@ from typing import Any
 
 from lemur_jax import checkpoint
 from lemur_jax.config import ConfigError
-from lemur_jax.convert import hf, hf_source
+from lemur_jax.convert import hf
 from lemur_jax.convert import load as convert_load
+from lemur_jax.convert.json_file import read_json
 from lemur_jax.convert.recognise import recognise
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.model.decoder import Decoder
@@ -69,7 +70,7 @@ def _tokenizer(directory: Path, model_directory: Path) -> Tokenizer:
 
 
 def _hf_stop_ids(directory: Path) -> tuple[int, ...]:
-    config = hf_source.read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     return _eos(_json(directory / hf.GENERATION_CONFIG)) or _eos(config)
 
 

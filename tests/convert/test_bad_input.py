@@ -150,12 +150,14 @@ def test_single_file_beside_an_index(tmp_path):
     refuses(source, tmp_path / "o", SINGLE, INDEX, "remove")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
-def test_weights_in_another_format(tmp_path, name):
-    """Red when the fix (save_pretrained) is not named."""
+def test_shards_without_their_index_or_params(tmp_path):
+    """Red when what is missing is not named: the index of .bin shards, Meta's params.json."""
     source = tiny_hf.write(tmp_path / "hf")
-    (source / SINGLE).rename(source / name)
-    refuses(source, tmp_path / "o", name, "safetensors", "save_pretrained")
+    shard = source / "pytorch_model-00001-of-00002.bin"
+    (source / SINGLE).rename(shard)
+    refuses(source, tmp_path / "o", shard.name, "pytorch_model.bin.index.json")
+    shard.rename(source / "consolidated.00.pth")
+    refuses(source, tmp_path / "o", "params.json does not exist")
 
 
 def test_no_weights(tmp_path):

@@ -35,7 +35,7 @@ def test_layers_are_read_one_by_one_or_together(source):
     hf = open_hf(source)
     for name in hf.names:
         whole = hf.read(name)
-        assert whole.shape == hf.shape(name) and whole.dtype == hf.dtypes[name]
+        assert whole.shape == hf.shape(name) and whole.dtype == hf.dtype(name)
         if name.startswith("layers/"):
             for layer in range(2):
                 assert np.array_equal(hf.read(name, layer), whole[layer])

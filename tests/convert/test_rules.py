@@ -8,7 +8,7 @@ import pytest
 from lemur_jax.config import ModelConfig, RopeConfig
 from lemur_jax.convert import tables
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.rules import Rule, Source, check_complete
+from lemur_jax.convert.rules import Found, Rule, check_complete
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
 
@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
 TABLE = tables.hf_llama(CONFIG)
 LEAVES = {name: leaf.shape for name, leaf in param.flatten(abstract(CONFIG)).items()}
 SOURCES = [
-    Source(name, rule.their_shape(CONFIG), "f.safetensors")
+    Found(name, rule.their_shape(CONFIG), "f.safetensors")
     for rule in TABLE
     for name in rule.source_names(CONFIG)
 ]
@@ -87,7 +87,7 @@ def test_complete_sources_pass():
 
 def test_unmatched_tensor():
     """Red when a tensor without a rule is skipped."""
-    extra = Source("model.layers.2.mlp.up_proj.weight", (28, 20), "g.safetensors")
+    extra = Found("model.layers.2.mlp.up_proj.weight", (28, 20), "g.safetensors")
     (problem,) = problems_of(sources=[*SOURCES, extra])
     for word in ("unmatched", extra.name, "[28, 20]", "g.safetensors", "num_hidden_layers=2"):
         assert word in problem
@@ -103,7 +103,7 @@ def test_unfilled_leaf():
 
 def test_leaf_filled_twice_by_two_files():
     """Red when the second of two tensors of one name wins."""
-    again = Source("model.norm.weight", (20,), "g.safetensors")
+    again = Found("model.norm.weight", (20,), "g.safetensors")
     (problem,) = problems_of(sources=[*SOURCES, again])
     for word in ("'norm'", "filled twice", "f.safetensors", "g.safetensors"):
         assert word in problem
@@ -112,7 +112,7 @@ def test_leaf_filled_twice_by_two_files():
 def test_leaf_filled_twice_by_two_rules():
     """Red when a table may name a leaf in two rows."""
     rules = (*TABLE, Rule("norm", "model.final_norm.weight", "e -> e"))
-    sources = [*SOURCES, Source("model.final_norm.weight", (20,), "f.safetensors")]
+    sources = [*SOURCES, Found("model.final_norm.weight", (20,), "f.safetensors")]
     (problem,) = problems_of(rules=rules, sources=sources)
     for word in ("'norm'", "filled twice", "model.norm.weight", "model.final_norm.weight"):
         assert word in problem
@@ -141,7 +141,7 @@ def test_a_transposed_square_matrix_is_not_seen_by_shapes_but_wrong_leaves_are()
 def test_all_problems_at_once():
     """Red when the first problem is raised alone."""
     sources = [s for s in SOURCES if s.name != "lm_head.weight"]
-    sources = [*sources, Source("score.weight", (2, 20), "f"), sources[0]]
+    sources = [*sources, Found("score.weight", (2, 20), "f"), sources[0]]
     text = "\n".join(problems_of(sources=sources))
     assert "unmatched tensor 'score.weight'" in text
     assert "'head' is not filled" in text and "'table' is filled twice" in text

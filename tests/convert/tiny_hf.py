@@ -104,6 +104,6 @@ def read_all(directory):
     for path in sorted(Path(directory).glob("*.safetensors")):
         for name, tensor in safetensors.read_header(path).items():
             assert name not in found
-            raw = path.read_bytes()[tensor.start : tensor.start + tensor.nbytes]
+            raw = path.read_bytes()[tensor.extents[0][0] :][: tensor.nbytes]
             found[name] = (tensor.dtype.name, tensor.shape, raw)
     return found

@@ -1,0 +1,120 @@
+"""A checkpoint of ours, opened as a Source: parts of its arrays through TensorStore."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lemur_jax import checkpoint
+from lemur_jax.config import ModelConfig, model_config
+from lemur_jax.convert.cast import cast, check_dtype
+from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.model import Index, region_of
+from lemur_jax.convert.recognise import step_directory
+from lemur_jax.convert.safetensors import numpy_dtype
+from lemur_jax.convert.small_files import HF_DIR, TOKENIZER_DIR
+from lemur_jax.convert.stored import Shape
+from lemur_jax.model import param
+from lemur_jax.model.decoder import abstract
+
+PREFIX = "params/"  # of the names of weights in a checkpoint
+
+
+@dataclass(frozen=True)
+class OurSource:
+    """A checkpoint that holds exactly its model. See model.Source.
+
+    Attributes:
+      step_dir: the checkpoint.
+      manifest: what it says of itself.
+      leaves: shape of each leaf.
+      asked: the dtype that every weight is cast to; None: as stored.
+    """
+
+    path: str
+    config: ModelConfig
+    extras: dict[str, Any] | None
+    step_dir: os.PathLike
+    manifest: checkpoint.Manifest
+    leaves: dict[str, Shape]
+    asked: str | None
+    format: str = "lemur"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As Source."""
+        return tuple(self.leaves)
+
+    def shape(self, name: str) -> Shape:
+        """As Source."""
+        return self.leaves[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        """As Source."""
+        return numpy_dtype(self.asked or self.manifest.arrays[PREFIX + name].dtype)
+
+    def read(self, name: str, index: Index = None) -> np.ndarray:
+        """As Source."""
+        region, squeezed = region_of(index, self.shape(name))
+        array = checkpoint.read_region(self.step_dir, self.manifest, PREFIX + name, region)
+        return cast(array, self.dtype(name), name)[squeezed]
+
+    def where(self, name: str, index: tuple[int, ...]) -> str:
+        """As Source."""
+        return f"{PREFIX}{name}{list(index)} in {self.step_dir}"
+
+    def files(self) -> dict[str, bytes]:
+        """As Source."""
+        return {
+            name: checkpoint.read_file(self.step_dir, name)
+            for name in self.manifest.files
+            if name.startswith((f"{HF_DIR}/", f"{TOKENIZER_DIR}/"))
+        }
+
+    def digests(self) -> dict[str, str]:
+        """As Source: of the arrays as they are stored, whatever dtype was asked for."""
+        return {name: self.manifest.arrays[PREFIX + name].digest for name in self.leaves}
+
+
+def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:
+    """Opens a run (its newest checkpoint), a checkpoints directory or a checkpoint.
+
+    Raises:
+      ConversionError: the checkpoint does not say which model it holds, or holds another one.
+      CheckpointError: there is none, or a damaged one.
+    """
+    check_dtype(dtype)
+    step_dir = step_directory(path)
+    manifest = checkpoint.describe(step_dir)
+    if "model" not in manifest.about:
+        raise ConversionError([f"{step_dir} does not say which model it holds (about['model'])"])
+    config = model_config(manifest.about["model"])
+    leaves = {name: leaf.shape for name, leaf in param.flatten(abstract(config)).items()}
+    _check_holds(step_dir, manifest, leaves)
+    config = replace(config, param_dtype=dtype or manifest.arrays[PREFIX + "table"].dtype)
+    extras = manifest.about.get("hf_extras") or None
+    return OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype)
+
+
+def _check_holds(step_dir, manifest, leaves) -> None:
+    stored = {
+        name.removeprefix(PREFIX): entry
+        for name, entry in manifest.arrays.items()
+        if name.startswith(PREFIX)
+    }
+    problems = [f"{step_dir} lacks {PREFIX}{name}" for name in leaves if name not in stored]
+    problems += [
+        f"{step_dir} holds {PREFIX}{name}, which its model does not have"
+        for name in stored
+        if name not in leaves
+    ]
+    problems += [
+        f"{step_dir}: {PREFIX}{name} has shape {list(stored[name].shape)}, its model has "
+        f"{list(shape)}"
+        for name, shape in leaves.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    if problems:
+        raise ConversionError(problems)

@@ -1,0 +1,139 @@
+"""Tensors of a PyTorch file (.bin, .pth): where each lies. Neither torch nor pickle is imported.
+
+Since 1.6 such a file is a zip archive of uncompressed members: NAME/data.pkl, the table of
+contents, and NAME/data/<key>, one for each storage. Before, it was a sequence of pickles and the
+storages behind them, each after its number of elements.
+"""
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from lemur_jax.convert import torch_pickle
+from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.stored import StoredTensor
+from lemur_jax.convert.torch_pickle import View
+
+_LOCAL_HEADER = 30  # bytes; then the name and the extra field
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PROTOCOL = 1001
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a file, by name. Reads the table of contents only.
+
+    Raises:
+      ConversionError: damaged, compressed, or holds anything but tensors.
+    """
+    if zipfile.is_zipfile(path):
+        try:
+            contents, starts = _zip(path)
+        except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
+            raise _damaged(path, f"not a readable zip archive ({error})") from error
+    else:
+        contents, starts = _legacy(path)
+    if not isinstance(contents, dict):
+        raise ConversionError(
+            [f"{path} holds a {type(contents).__name__}, not a dictionary of tensors"]
+        )
+    problems = [
+        f"{path}: {name!r} is a {type(value).__name__}: only tensors are read; save the model's "
+        "state_dict alone"
+        for name, value in contents.items()
+        if not isinstance(value, View) or not isinstance(name, str)
+    ]
+    if problems:
+        raise ConversionError(problems[:8])
+    return {name: _tensor(path, name, view, starts) for name, view in contents.items()}
+
+
+def _tensor(path: Path, name: str, view: View, starts: dict[str, tuple[int, int]]) -> StoredTensor:
+    storage, stride = view.storage, 1
+    for size, found in zip(reversed(view.shape), reversed(view.strides), strict=True):
+        if size > 1 and found != stride:
+            raise ConversionError(
+                [
+                    f"{path}: {name!r} {list(view.shape)} is stored with strides "
+                    f"{list(view.strides)}: call .contiguous() on it and save again"
+                ]
+            )
+        stride *= size
+    if storage.key not in starts:
+        raise _damaged(path, f"it has no data for {name!r} (storage {storage.key!r})")
+    start, nbytes = starts[storage.key]
+    first = view.offset * storage.dtype.itemsize
+    tensor = StoredTensor(
+        path, name, view.shape, storage.dtype, ((start + first, stride * storage.dtype.itemsize),)
+    )
+    if first + tensor.nbytes > nbytes:
+        raise _damaged(
+            path,
+            f"{name!r} {list(view.shape)} needs {first + tensor.nbytes} bytes of its storage, "
+            f"which has {nbytes}",
+        )
+    return tensor
+
+
+def _zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        tables = [name for name in members if name.split("/")[-1] == "data.pkl"]
+        if len(tables) != 1:
+            raise ConversionError([f"{path} has {len(tables)} data.pkl: no PyTorch checkpoint"])
+        prefix = tables[0].removesuffix("data.pkl")
+        order = members.get(f"{prefix}byteorder")
+        if order is not None and archive.read(order) != b"little":
+            raise ConversionError([f"{path} was written on a big-endian machine: unsupported"])
+        if members[tables[0]].file_size > torch_pickle.MAX_PICKLE_BYTES:
+            raise _damaged(path, f"its data.pkl has {members[tables[0]].file_size} bytes")
+        contents = torch_pickle.load(io.BytesIO(archive.read(tables[0])), path)
+    starts = {}
+    with open(path, "rb") as file:
+        for name, info in members.items():
+            key = name.removeprefix(f"{prefix}data/")
+            if key == name:
+                continue
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ConversionError([f"{path}: {name!r} is compressed: save it with torch.save"])
+            file.seek(info.header_offset)
+            header = file.read(_LOCAL_HEADER)
+            name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+            start = info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
+            if header[:4] != b"PK\x03\x04" or start + info.file_size > size:
+                raise _damaged(path, f"{name!r} ends at {start + info.file_size} of {size} bytes")
+            starts[key] = (start, info.file_size)
+    return contents, starts
+
+
+def _legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = [torch_pickle.load(file, path) for _ in range(2)]
+        if head != [_LEGACY_MAGIC, _LEGACY_PROTOCOL]:
+            raise ConversionError([f"{path} is no PyTorch file: it begins with {head!r}"])
+        if torch_pickle.load(file, path).get("little_endian") is not True:
+            raise ConversionError([f"{path} was written on a big-endian machine: unsupported"])
+        contents = torch_pickle.load(file, path)
+        keys = torch_pickle.load(file, path)
+        widths = {
+            view.storage.key: view.storage.dtype.itemsize
+            for view in (contents.values() if isinstance(contents, dict) else ())
+            if isinstance(view, View)
+        }
+        starts = {}
+        for key in keys:
+            raw = file.read(8)
+            nbytes = int.from_bytes(raw, "little") * widths.get(key, 0)
+            start = file.tell()
+            if len(raw) < 8 or key not in widths or start + nbytes > size:
+                raise _damaged(path, f"storage {key!r} ends at {start + nbytes} of {size} bytes")
+            starts[key] = (start, nbytes)
+            file.seek(nbytes, io.SEEK_CUR)
+    return contents, starts
+
+
+def _damaged(path: Path, what: str) -> ConversionError:
+    return ConversionError([f"{path} is damaged: {what}. Download or copy it again"])
