@@ -95,6 +95,8 @@ class Comparison:
         for result in self.layers:
             if (name := result.first_diverging) is not None:
                 return result.layer, name
+        if not self.final.max_abs <= SLACK * self.rounding.max_abs + _FLOOR:
+            return self.layers[-1].layer, "logits"
         return None
 
 
@@ -209,9 +211,7 @@ class _Run:
                 runs[name] = near[1:]
                 mine = self.ours.compute(name, inputs)
                 ops.append(_error(name, mine, values[name], near[0]))
-                if ops[-1].diverges and (
-                    note := explain(self.truth, name, inputs, mine, *weights)
-                ):
+                if ops[-1].diverges and (note := explain(self.truth, name, inputs, mine, *weights)):
                     notes.append(f"{name}: {note}")
             mine = self.ours.layer(np.concatenate([self.x, self.own]).astype(np.float32))
         mine, self.own = np.split(mine, 2)
@@ -244,14 +244,12 @@ def _maybe(weights: Weights, leaf: str | None, layer: int):
 
 
 def _lookup(model: Weights, tokens_BT, dtype=None) -> np.ndarray:
-    """Rows of the table [B,T,E] float64, read one by one: the table may not fit in memory."""
-    ids, inverse = np.unique(tokens_BT, return_inverse=True)
-    rows = [model.rows("table", int(i), int(i) + 1) for i in ids]
-    table = np.concatenate(rows)
-    if dtype is not None and dtype.itemsize < table.dtype.itemsize:
+    """Rows of the table [B,T,E] float64; the table may not fit in memory."""
+    rows = model.take("table", tokens_BT)
+    if dtype is not None and dtype.itemsize < rows.dtype.itemsize:
         with np.errstate(over="ignore"):
-            table = table.astype(dtype)
-    return table.astype(np.float64)[inverse.reshape(tokens_BT.shape)]
+            rows = rows.astype(dtype)
+    return rows.astype(np.float64)
 
 
 def _max_abs(x, y) -> float:
@@ -262,4 +260,3 @@ def _error(name: str, mine, truth, near) -> OpError:
     largest = float(np.abs(truth).max())
     rounding = _max_abs(near, truth)
     return OpError(name, _max_abs(mine, truth), largest, SLACK * rounding + _FLOOR * largest)
-

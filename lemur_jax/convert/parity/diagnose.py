@@ -38,13 +38,13 @@ class Hypothesis:
 def diagnose_layer(a: Weights, b: Weights, layer: int, sketches: "Sketches") -> Iterator[Finding]:
     """Findings about every tensor of a layer; two of A and one of B are in memory at a time."""
     for leaf in a.layer_leaves:
-        right, found = _matrix(a.tensor(leaf, layer)), _matrix(b.tensor(leaf, layer))
+        right, found = matrix(a.tensor(leaf, layer)), matrix(b.tensor(leaf, layer))
         sketches.add(leaf, layer, right, found)
 
         def others(leaf=leaf):
             for other in a.layer_leaves:
                 if other != leaf and a.shape(other) == a.shape(leaf):
-                    yield other, _matrix(a.tensor(other, layer))
+                    yield other, matrix(a.tensor(other, layer))
 
         yield from diagnose_tensor(leaf, layer, right, found, a.config, others)
 
@@ -108,33 +108,31 @@ def place_layers(findings: list[Finding], sketches: Sketches) -> list[Finding]:
 
 def _pairs(findings: list[Finding]) -> list[Finding]:
     """Two tensors that hold each other's weights are one finding."""
-    says = {(f.subject, f.layer, f.what): f for f in findings if f.kind == "exchanged"}
+    holds = {
+        (f.subject, f.layer, f.what.rpartition(" ")[2]) for f in findings if f.kind == "exchanged"
+    }
     result = []
     for f in findings:
-        if f.kind == "exchanged":
-            partner = next(
-                (
-                    g
-                    for g in says.values()
-                    if g.layer == f.layer
-                    and f.what.endswith(f" {short_name(g.subject)}")
-                    and g.what.endswith(f" {short_name(f.subject)}")
-                ),
-                None,
-            )
-            if partner is not None:
-                if says.pop((f.subject, f.layer, f.what), None) is not None:
-                    says.pop((partner.subject, partner.layer, partner.what))
-                    both = f"{f.subject}+{partner.subject}"
-                    result.append(Finding("swapped", both, f.layer, "are swapped", "exchange them"))
-                continue
-        result.append(f)
+        name, held = short_name(f.subject), f.what.rpartition(" ")[2]
+        partner = next(
+            (
+                subject
+                for subject, layer, other in holds
+                if layer == f.layer and other == name and short_name(subject) == held
+            ),
+            None,
+        )
+        if f.kind != "exchanged" or partner is None:
+            result.append(f)
+        elif f.subject < partner:
+            both = f"{f.subject}+{partner}"
+            result.append(Finding("swapped", both, f.layer, "are swapped", "exchange them"))
     return result
 
 
 def diagnose_vocabulary(a: Weights, b: Weights) -> Iterator[Finding]:
     """Findings about what is outside the layers, by blocks of rows."""
-    yield from _plain("norm", None, _matrix(a.tensor("norm")), _matrix(b.tensor("norm")), a.config)
+    yield from _plain("norm", None, matrix(a.tensor("norm")), matrix(b.tensor("norm")), a.config)
     for leaf in ("table", "head"):
         if leaf in a.rules and leaf in b.rules and a.shape(leaf) == b.shape(leaf):
             yield from _vocabulary(a, b, leaf)
@@ -149,7 +147,7 @@ def diagnose_tensor(leaf, layer, right, found, config, others=lambda: ()) -> Ite
       config: A's.
       others: A's other tensors of this shape in the same layer, (leaf, array) pairs.
     """
-    if _equal(right, found):
+    if equal(right, found):
         return
     indices = _sample(len(right))
     sample = found[indices]
@@ -214,7 +212,8 @@ def _hypotheses(leaf, right, config: ModelConfig, others) -> Iterator[Hypothesis
     if columns > 1 and rows > 1:
         yield Hypothesis(
             "transposed",
-            "is transposed" + ("" if rows == columns else f" (under the shape [{rows}, {columns}])"),
+            "is transposed"
+            + ("" if rows == columns else f" (under the shape [{rows}, {columns}])"),
             "transpose it",
             # B's numbers, read in order, are those of A's transpose.
             lambda i: _transposed(right, i),
@@ -302,12 +301,12 @@ def _hashes(array: np.ndarray) -> np.ndarray:
 def _vocabulary(a: Weights, b: Weights, leaf: str) -> Iterator[Finding]:
     rows = a.shape(leaf)[0]
     indices = _sample(rows)
-    sample, right = _take(b, leaf, indices), _take(a, leaf, indices)
+    sample, right = b.take(leaf, indices), a.take(leaf, indices)
     moved = damage.close(right, sample).mean(axis=1) < 0.5  # rows out of place
     shift = _shift(a, leaf, indices[moved], sample[moved]) if moved.any() else 0
     if moved.mean() > 0.95 and not shift:
         other = "head" if leaf == "table" else "table"
-        if other in a.rules and damage.agree(_take(a, other, indices), sample).mean() > _EXPLAINED:
+        if other in a.rules and damage.agree(a.take(other, indices), sample).mean() > _EXPLAINED:
             what, fix = f"holds the rows of {short_name(other)}", "exchange them, or untie them"
             yield Finding("exchanged", leaf, None, what, fix)
         else:
@@ -348,7 +347,7 @@ def _shift(a: Weights, leaf: str, indices: np.ndarray, sample: np.ndarray) -> in
     for shift in _SHIFTS:
         inside = (indices >= shift) & (indices - shift < rows)
         if inside.any():
-            right = _take(a, leaf, indices[inside] - shift)
+            right = a.take(leaf, indices[inside] - shift)
             if damage.agree(right, sample[inside]).mean() > _EXPLAINED:
                 return shift
     return 0
@@ -368,14 +367,11 @@ def _first_moved(a: Weights, b: Weights, leaf: str, shift: int) -> int:
     return low
 
 
-def _take(weights: Weights, leaf: str, indices: np.ndarray) -> np.ndarray:
-    return np.concatenate([weights.rows(leaf, int(i), int(i) + 1) for i in indices])
-
-
 # ---------------------------------------------------------------------------------------------
 
 
-def _matrix(array: np.ndarray) -> np.ndarray:
+def matrix(array: np.ndarray) -> np.ndarray:
+    """A vector as a matrix of one column."""
     return array[:, None] if array.ndim == 1 else array
 
 
@@ -387,8 +383,11 @@ def _sample(rows: int) -> np.ndarray:
     return np.unique(starts[:, None] + np.arange(4))
 
 
-def _equal(x: np.ndarray, y: np.ndarray) -> bool:
+def equal(x: np.ndarray, y: np.ndarray) -> bool:
+    """The same dtype and bits."""
     if x.dtype != y.dtype:
         return False
     step = max(1, _STEP_ELEMENTS // x.shape[1])
-    return all(damage.same_bits(x[i : i + step], y[i : i + step]).all() for i in range(0, len(x), step))
+    return all(
+        damage.same_bits(x[i : i + step], y[i : i + step]).all() for i in range(0, len(x), step)
+    )

@@ -89,7 +89,7 @@ def sentences(findings: Sequence[Finding], layers: int) -> list[Sentence]:
 
 
 def listed(layers: Sequence[int]) -> str:
-    """"layer 3", "layers 0 to 4 and 7"."""
+    """ "layer 3", "layers 0 to 4 and 7"."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

@@ -123,9 +123,7 @@ def divergences(a: Weights, b: Weights, ours: Ours, states, same, own, near, as_
         head_rounding = max_abs(head_rounding, narrow - truth)
         largest = max_abs(largest, truth)
     results = [total.result() for total in layered]
-    return AtTheHead(
-        results, final.result(), rounding.result(), head_error, head_rounding, largest
-    )
+    return AtTheHead(results, final.result(), rounding.result(), head_error, head_rounding, largest)
 
 
 def max_abs(before: float, values: np.ndarray) -> float:

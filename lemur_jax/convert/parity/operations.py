@@ -26,7 +26,9 @@ def explain(truth: Reference, name: str, inputs, mine: np.ndarray, *weights) -> 
         found = wrong.compute(name, inputs, *weights)
         if found.shape == mine.shape:
             gap = np.abs(found - mine).max()
-            if gap <= _CLOSE * np.abs(found).max() and gap < _gap(truth, name, inputs, mine, weights):
+            if gap <= _CLOSE * np.abs(found).max() and gap < _gap(
+                truth, name, inputs, mine, weights
+            ):
                 return say
     return None
 

@@ -35,7 +35,8 @@ class Ours:
     def __init__(self, config: ModelConfig, positions_BT: np.ndarray):
         config = dataclasses.replace(config, dtype="float32")
         self.config = dataclasses.replace(
-            config, attention=resolve_implementation(dataclasses.replace(config, attention="auto"), "cpu")
+            config,
+            attention=resolve_implementation(dataclasses.replace(config, attention="auto"), "cpu"),
         )
         self.positions_BT = jnp.asarray(positions_BT, jnp.int32)
         self.segments_BT = jnp.ones_like(self.positions_BT)

@@ -56,7 +56,7 @@ class Variant:
       scale: of the scores before the softmax, in units of 1 / sqrt(D).
       tiled: query head h reads kv head h % K in place of h // G.
       interleaved: rotary turns neighbours (2i, 2i+1) in place of halves (i, i + D/2).
-      swapped: gate and up have exchanged their places.
+      exchanged: pairs of operations whose results have changed places, e.g. ("gate", "up").
       orders: (operation, order of its output features) pairs, e.g. ("k", permutation).
       transposed: leaves whose matrix is used the other way round.
     """
@@ -64,7 +64,7 @@ class Variant:
     scale: float = 1.0
     tiled: bool = False
     interleaved: bool = False
-    swapped: bool = False
+    exchanged: tuple[tuple[str, str], ...] = ()
     orders: tuple[tuple[str, tuple[int, ...]], ...] = ()
     transposed: frozenset[str] = frozenset()
 
@@ -100,25 +100,29 @@ class Reference:
             return self.norm(values[0], weight)
         if name in WEIGHTS:
             y = self._product(name, values[0], weight, bias)
-            if name in self.orders:
-                y = y[..., self.orders[name]]
-            return self._heads(y) if name in ("q", "k", "v") else y
-        return getattr(self, "_" + name)(*values)
+        else:
+            y = getattr(self, "_" + name)(*values)
+        if name in self.orders:
+            y = y[..., self.orders[name]]
+        return self._heads(y) if name in ("q", "k", "v") else y
 
     def layer(self, x_BTE: np.ndarray, read) -> np.ndarray:
-        """The whole layer; `read(leaf)` gives a weight, or None where the model has no such bias."""
+        """The whole layer; `read(leaf)` gives a weight, None for a bias that the model lacks."""
         values = {"x": np.asarray(x_BTE, self.dtype)}
-        for name, inputs in GRAPH.items():
-            if name == "scores":
-                continue
-            weights = [None if leaf is None else read(leaf) for leaf in self.leaves(name)]
-            values[name] = self.compute(name, [values[i] for i in inputs], *weights)
+        for name in GRAPH:
+            if name != "scores":
+                weights = [None if leaf is None else read(leaf) for leaf in self.leaves(name)]
+                values[name] = self.compute(name, [values[i] for i in self.inputs(name)], *weights)
         return values["out"]
+
+    def inputs(self, name: str) -> list[str]:
+        """The operations whose results an operation takes."""
+        pairs = self.variant.exchanged
+        swaps = dict(pairs) | {b: a for a, b in pairs}
+        return [swaps.get(i, i) for i in GRAPH[name]]
 
     def leaves(self, name: str) -> tuple[str | None, ...]:
         """Flat names of the weight and bias of an operation."""
-        if self.variant.swapped and name in ("gate", "up"):
-            name = "up" if name == "gate" else "gate"
         return WEIGHTS.get(name, ())
 
     def norm(self, x_BTE: np.ndarray, scale_E: np.ndarray) -> np.ndarray:
@@ -153,7 +157,7 @@ class Reference:
 
     def _scores(self, q_BTHD, k_BTKD):
         """Softmaxed scores [B,H,T,S]: what each query takes of each token."""
-        q_BHTD = q_BTHD.swapaxes(1, 2)
+        q_BHTD = np.ascontiguousarray(q_BTHD.swapaxes(1, 2))  # strided products are slow
         logits = q_BHTD @ self._repeat(k_BTKD).swapaxes(2, 3)
         logits = logits * self.dtype.type(self.variant.scale / math.sqrt(self.config.head_dim))
         logits = np.where(self.visible_BTS[:, None], logits, -np.inf)
@@ -169,7 +173,7 @@ class Reference:
         groups = self.config.heads // self.config.kv_heads
         heads = np.arange(self.config.heads)
         chosen = heads % self.config.kv_heads if self.variant.tiled else heads // groups
-        return x_BTKD[:, :, chosen].swapaxes(1, 2)
+        return np.ascontiguousarray(x_BTKD[:, :, chosen].swapaxes(1, 2))
 
     def _middle(self, x, o):
         return x + o
@@ -187,7 +191,9 @@ def product(x_BTI: np.ndarray, weight_OI: np.ndarray) -> np.ndarray:
     x = x_BTI.reshape(-1, x_BTI.shape[-1])
     y = np.empty((x.shape[0], weight_OI.shape[0]), x.dtype)
     for start in range(0, weight_OI.shape[0], step):
-        y[:, start : start + step] = x @ weight_OI[start : start + step].astype(x.dtype, copy=False).T
+        y[:, start : start + step] = (
+            x @ weight_OI[start : start + step].astype(x.dtype, copy=False).T
+        )
     return y.reshape(*x_BTI.shape[:-1], -1)
 
 

@@ -11,7 +11,8 @@ from lemur_jax.convert.parity import alone, configs, diagnose
 from lemur_jax.convert.parity.compare import Comparison, compare
 from lemur_jax.convert.parity.finding import Finding, Sentence, sentences
 from lemur_jax.convert.parity.unreadable import lost_tensors
-from lemur_jax.convert.parity.weights import Weights, open_weights
+from lemur_jax.convert.model import open_source
+from lemur_jax.convert.parity.weights import Weights, of_source, tensor_bytes
 
 GIB = 2**30
 _MIN_TOKENS = 8
@@ -79,7 +80,9 @@ def parity(
     if b is None:
         found += alone.judge(first, text, say)
     layers = first.config.layers
-    report = Report(Path(a), None if b is None else Path(b), sentences(found, layers), comparison, layers)
+    report = Report(
+        Path(a), None if b is None else Path(b), sentences(found, layers), comparison, layers
+    )
     for line in lines(report):
         say(line)
     return report
@@ -109,7 +112,7 @@ def _stream(a: Weights, b: Weights, tokens: int) -> tuple[Comparison, list[Findi
 
 def _open(path: str | Path) -> Weights:
     try:
-        return open_weights(path)
+        return of_source(open_source(path))
     except ConversionError as error:
         lost = lost_tensors(path)
         raise ConversionError([*error.problems, *lost]) from error
@@ -137,17 +140,12 @@ def plan(a: Weights, b: Weights, tokens: int) -> list[str]:
 def peak_bytes(a: Weights, b: Weights, tokens: int) -> int:
     """An estimate of the largest resident memory."""
 
-    def stored(model: Weights, leaf: str) -> int:
-        size = model.dtype(leaf).itemsize
-        for length in model.shape(leaf):
-            size *= length
-        return size
-
-    layer = sum(stored(b, leaf) for leaf in b.layer_leaves)
-    largest = max(a.layer_leaves, key=lambda leaf: stored(a, leaf))
-    elements = stored(a, largest) // a.dtype(largest).itemsize
-    computing = layer + 2 * stored(a, largest) + 2 * 4 * elements
-    diagnosing = 3 * stored(a, largest) if a is not b else 0
+    layer = sum(tensor_bytes(b, leaf) for leaf in b.layer_leaves)
+    largest = max(a.layer_leaves, key=lambda leaf: tensor_bytes(a, leaf))
+    stored = tensor_bytes(a, largest)
+    elements = stored // a.dtype(largest).itemsize
+    computing = layer + 2 * stored + 2 * 4 * elements
+    diagnosing = 3 * stored if a is not b else 0
     states = 2 * 2 * tokens * a.config.embed * 8 * (2 * a.config.layers + 40)
     return _BASE_BYTES + max(computing, diagnosing) + states
 
@@ -193,7 +191,10 @@ def _table(comparison: Comparison) -> list[str]:
             f"{wrong or result.first_diverging or '-'}"
         )
         out += [f"{'':>9} {note}" for note in result.notes]
-    for what, d in (("A and B", comparison.final), ("A in float64 and float32", comparison.rounding)):
+    for what, d in (
+        ("A and B", comparison.final),
+        ("A in float64 and float32", comparison.rounding),
+    ):
         out.append(
             f"final logits, {what}: max abs {d.max_abs:.2e}, KL {d.kl:.2e} nats (worst token "
             f"{d.kl_max:.2e}), same first choice {d.same_choice:.0%}"
