@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lemur_jax.errors import LemurError
 
+EXIT_DIFFERS = 1
 EXIT_BAD_INPUT = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
@@ -30,7 +31,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; the exit status: 0 done, 2 bad input, 143 stopped by SIGTERM."""
+    """Runs one sub-command; the exit status: 0 done, 1 two models differ, 2 bad input, 143 stopped
+    by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, bindings = _parse(argv)
@@ -50,6 +52,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for binding in bindings:
         if "=" not in binding:
             raise UsageError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE")
+    if rest[:2] == ["convert", "parity"]:  # two words, one command
+        rest = ["convert parity", *rest[2:]]
     parser = _parser()
     options, unknown = parser.parse_known_args(rest)
     if unknown:
@@ -102,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     convert.add_argument(
         "--max_shard_bytes", type=int, default=5_000_000_000, help="of a safetensors file"
+    )
+
+    parity = command("convert parity", _parity, "compare two models and say what is the matter")
+    parity.add_argument("a", metavar="A", help="trusted model, of any format; the reference runs it")
+    parity.add_argument(
+        "b", metavar="B", nargs="?", help="our code runs it; none: judge A by itself and by a text"
+    )
+    parity.add_argument("--tokens", type=int, default=16, help="of each of two rows")
+    parity.add_argument("--text", metavar="FILE", help="to judge A alone; default: a passage")
+    parity.add_argument(
+        "--transformers", action="store_true", help="transformers' layers are compared too"
     )
 
     sample = command("sample", _sample, "generate text from a run, checkpoint or HF directory")
@@ -261,6 +276,19 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         _note_tokenizer(options.source)
     print(f"wrote {options.target}")
     return 0
+
+
+def _parity(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.convert.parity import parity
+
+    report = parity(
+        options.a,
+        options.b,
+        tokens=options.tokens,
+        text=options.text,
+        transformers=options.transformers,
+    )
+    return 0 if report.same else EXIT_DIFFERS
 
 
 def _note_tokenizer(source: str) -> None:
