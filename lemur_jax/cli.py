@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lemur_jax.errors import LemurError
 
-EXIT_DIFFERS = 1
+EXIT_DIFFERENT = 1  # of verify and parity
 EXIT_BAD_INPUT = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
@@ -99,14 +99,35 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
     train.add_argument("--process", type=int, help="number of this one, from 0, with HOST:PORT")
 
-    convert = command("convert", _convert, "convert weights: Hugging Face <-> lemur_jax")
-    convert.add_argument("source", metavar="SRC", help="run, checkpoint or Hugging Face directory")
-    convert.add_argument("target", metavar="DST", help="new directory")
-    convert.add_argument("--to", choices=("hf", "lemur"), help="default: the other of the two")
+    convert = command("convert", _convert, "convert weights between formats; verify two models")
+    convert.usage = "lemur convert SRC DST [flags] | lemur convert verify A B [flags]"
+    convert.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="SRC: run, checkpoint, Hugging Face directory (safetensors or .bin), Meta's or "
+        "EasyLM's weights; DST: new directory. Or the word verify and two models",
+    )
+    convert.add_argument("--to", choices=("hf", "lemur", "easylm"), help="default: lemur, or hf")
     convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
+    convert.add_argument("--max_ram", default="4GiB", help="memory that it may take (4GiB)")
     convert.add_argument(
         "--max_shard_bytes", type=int, default=5_000_000_000, help="of a safetensors file"
     )
+    convert.add_argument(
+        "--mesh", metavar="fsdp=4,tensor=8", help="chunks of a checkpoint as this mesh reads them"
+    )
+    convert.add_argument(
+        "--add_tokens", metavar="A,B", help="new tokens, or the word chatml for its five"
+    )
+    convert.add_argument("--vocab_size", type=int, help="rows of the result; default: as needed")
+    convert.add_argument(
+        "--new_rows", choices=("mean", "zeros"), default="mean", help="what new rows hold"
+    )
+    convert.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
+    convert.add_argument("--process", type=int, default=0, help="number of this one, from 0")
+    convert.add_argument("--processes", type=int, default=1, help="that share the work")
+    convert.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
 
     parity = command("convert parity", _parity, "compare two models and say what is the matter")
     parity.add_argument("a", metavar="A", help="trusted model, of any format; the reference runs it")
@@ -115,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("--tokens", type=int, default=16, help="of each of two rows")
     parity.add_argument("--text", metavar="FILE", help="to judge A alone; default: a passage")
+    parity.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
     parity.add_argument(
         "--transformers", action="store_true", help="transformers' layers are compared too"
     )
@@ -257,24 +279,48 @@ def _dry_run(run, text: str) -> None:
 
 
 def _convert(options: argparse.Namespace, _: list[str]) -> int:
-    from lemur_jax.convert import hf
+    if options.paths[0] == "verify":
+        return _verify(options)
+    if len(options.paths) != 2:
+        raise UsageError(f"convert takes SRC and DST, {len(options.paths)} paths were given")
+    from lemur_jax.convert.convert import Options, convert
+    from lemur_jax.convert.model import open_source
+    from lemur_jax.convert.plan import parse_bytes
     from lemur_jax.convert.recognise import recognise
+    from lemur_jax.convert.vocabulary import CHATML
 
-    kind = recognise(options.source)
-    to = options.to or {"hf": "lemur", "lemur": "hf"}[kind]
-    if to == kind:
-        raise UsageError(f"{options.source} is already {kind!r}; --to must be the other format")
-    if to == "hf":
-        hf.export_hf(
-            options.source,
-            options.target,
+    source, target = options.paths
+    kind = recognise(source)
+    to = options.to or ("hf" if kind == "lemur" else "lemur")
+    tokens = (options.add_tokens or "").split(",") if options.add_tokens else []
+    tokens = CHATML if tokens == ["chatml"] else tuple(tokens)
+    changed = (options.dtype, options.mesh, options.vocab_size, *tokens)
+    if to == kind and not any(changed) and open_source(source).format == kind:
+        raise UsageError(f"{source} is already {kind!r}; --to must be another format")
+    convert(
+        source,
+        target,
+        Options(
+            to=to,
             dtype=options.dtype,
+            max_ram=parse_bytes(options.max_ram),
             max_shard_bytes=options.max_shard_bytes,
-        )
-    else:
-        hf.import_hf(options.source, options.target, dtype=options.dtype)
-        _note_tokenizer(options.source)
-    print(f"wrote {options.target}")
+            mesh=_mesh(options.mesh),
+            add_tokens=tokens,
+            vocab_size=options.vocab_size,
+            new_rows=options.new_rows,
+            max_positions=options.max_positions,
+            process=options.process,
+            processes=options.processes,
+        ),
+        dry_run=options.dry_run,
+        say=lambda line: print(line, flush=True),
+    )
+    if options.dry_run:
+        return 0
+    if kind == "hf" and to == "lemur":
+        _note_tokenizer(source)
+    print(f"wrote {target}")
     return 0
 
 
@@ -287,8 +333,43 @@ def _parity(options: argparse.Namespace, _: list[str]) -> int:
         tokens=options.tokens,
         text=options.text,
         transformers=options.transformers,
+        max_positions=options.max_positions,
+        say=lambda line: print(line, flush=True),
     )
-    return 0 if report.same else EXIT_DIFFERS
+    return 0 if report.same else EXIT_DIFFERENT
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if len(options.paths) != 3:
+        raise UsageError("verify takes two models: lemur convert verify A B")
+    from lemur_jax.convert.plan import parse_bytes
+    from lemur_jax.convert.verify import verify
+
+    found = verify(
+        *options.paths[1:],
+        dtype=options.dtype,
+        max_ram=parse_bytes(options.max_ram),
+        max_positions=options.max_positions,
+        say=lambda line: print(line, flush=True),
+    )
+    return EXIT_DIFFERENT if found else 0
+
+
+def _mesh(text: str | None):
+    """fsdp=4,tensor=8 as a MeshConfig; sizes that are not named are 1."""
+    if text is None:
+        return None
+    from lemur_jax.config import MeshConfig
+
+    sizes = {"fsdp": 1}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in {field.name for field in dataclasses.fields(MeshConfig)}:
+            raise UsageError(f"--mesh={text}: {name!r} is no axis; write --mesh=fsdp=4,tensor=8")
+        if not size.isdigit():
+            raise UsageError(f"--mesh={text}: {name} needs a number")
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
 
 
 def _note_tokenizer(source: str) -> None:

@@ -20,7 +20,8 @@ them from its targets.
     agreement.py    processes that pass a stage together or fail together
     keep.py         which checkpoints of a run stay, step aside or go
     write.py        CheckpointWriter
-    read.py         restore, restore_latest, read_tensor, read_slices, read_region
+    slices.py       checkpoints written part by part, by the converters
+    read.py         restore, restore_latest, read_tensor, read_slices, OpenArray
 
 Measured on 8 CPU devices sharing 4 busy cores. 176 MB of float32 in 25 arrays: save returns after
 0.1-0.2 s (the first after 1.7 s: it compiles the digests), is complete after 0.4-0.6 s, 22 files;
@@ -31,6 +32,7 @@ zarr2, not zarr3: same speed and file count, and Orbax validates only zarr2 afte
 Importing this package costs what `import orbax.checkpoint` costs (about 2.8 s, 2.5 s of it JAX).
 """
 
+from lemur_jax.checkpoint.digest import StreamingDigest
 from lemur_jax.checkpoint.keep import set_aside
 from lemur_jax.checkpoint.manifest import (
     CHECKPOINTS,
@@ -46,7 +48,8 @@ from lemur_jax.checkpoint.manifest import (
     read_file,
     resolve,
 )
-from lemur_jax.checkpoint.read import read_region, read_slices, read_tensor, restore, restore_latest
+from lemur_jax.checkpoint.read import OpenArray, read_slices, read_tensor, restore, restore_latest
+from lemur_jax.checkpoint.slices import create_array, finish_step, slice_context
 from lemur_jax.checkpoint.write import CheckpointWriter
 
 __all__ = [
@@ -57,16 +60,20 @@ __all__ = [
     "CheckpointError",
     "CheckpointWriter",
     "Manifest",
+    "OpenArray",
+    "StreamingDigest",
     "TargetMismatchError",
     "complete_steps",
+    "create_array",
     "describe",
+    "finish_step",
     "latest",
     "read_file",
-    "read_region",
     "read_slices",
     "read_tensor",
     "resolve",
     "restore",
     "restore_latest",
     "set_aside",
+    "slice_context",
 ]

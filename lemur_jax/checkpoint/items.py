@@ -40,24 +40,25 @@ def save_args(array: jax.Array) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,) if alone else ())
 
 
-def open_array(item_dir: epath.Path, name: str) -> Any:
+def open_array(item_dir: epath.Path, name: str, context: tensorstore.Context | None = None) -> Any:
     """A future of the array's TensorStore: reads the item's index, no data."""
     spec = {
         "driver": "zarr",
         "fill_missing_data_reads": False,  # a lost chunk is an error, not zeros
         "kvstore": kvstore(item_dir, name),
     }
-    return tensorstore.open(spec, open=True, read=True)
+    return tensorstore.open(spec, context=context, open=True, read=True)
 
 
 def kvstore(item_dir: epath.Path, name: str) -> Any:
     """Where an array's keys are: in Orbax's database, or each in a file of its own (convert)."""
     if (item_dir / "manifest.ocdbt").exists():
-        return {"driver": "ocdbt", "base": _url(item_dir), "path": f"{name}/"}
-    return f"{_url(item_dir)}{name}/"
+        return {"driver": "ocdbt", "base": directory_url(item_dir), "path": f"{name}/"}
+    return f"{directory_url(item_dir)}{name}/"
 
 
-def _url(path: epath.Path) -> str:
+def directory_url(path: epath.Path) -> str:
+    """As TensorStore wants it: with a scheme and a slash at the end."""
     return f"{path}/" if "://" in str(path) else f"file://{os.path.abspath(path)}/"
 
 

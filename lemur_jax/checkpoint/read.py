@@ -256,26 +256,48 @@ def read_slices(step_dir: epath.PathLike, name: str) -> Iterator[np.ndarray]:
         raise _damaged(step_dir, {name: entry.item})
 
 
-def read_region(
-    step_dir: epath.PathLike, manifest: Manifest, name: str, region: Sequence[slice]
-) -> np.ndarray:
-    """A part of one array on the host. Not verified: a digest is of a whole array.
+class OpenArray:
+    """One array of a checkpoint, to be read in parts on the host. Nothing is verified: a digest
+    is of a whole array."""
 
-    Args:
-      step_dir: the checkpoint.
-      manifest: its manifest, read once by the caller.
-      name: of an array.
-      region: a slice for each axis.
+    def __init__(self, step_dir: epath.PathLike, name: str, entry: ArrayEntry, context: Any = None):
+        """Reads the array's metadata.
 
-    Raises:
-      CheckpointError: damaged or unreadable data.
-    """
-    item_dir = absolute(step_dir) / manifest.arrays[name].item
-    try:
-        store = open_array(item_dir, name).result()
-        return np.asarray(store[tuple(region)].read().result())
-    except ValueError as error:
-        raise CheckpointError(unreadable(item_dir, [name], error)) from error
+        Args:
+          step_dir: the checkpoint.
+          name: of the array.
+          entry: what the manifest says of it.
+          context: from `slice_context`; bounds what is in flight.
+
+        Raises:
+          CheckpointError: damaged, or not what the manifest says.
+        """
+        self._item_dir, self._name = absolute(step_dir) / entry.item, name
+        try:
+            self._store = open_array(self._item_dir, name, context).result()
+        except ValueError as error:
+            raise CheckpointError(unreadable(self._item_dir, [name], error)) from error
+        found = (self._store.dtype.name, self._store.shape)
+        if found != (entry.dtype, entry.shape):
+            said = (entry.dtype, entry.shape)
+            wrong = ValueError(f"{name} is stored as {found}, the manifest says {said}")
+            raise CheckpointError(unreadable(self._item_dir, [name], wrong))
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """The shape of what is read as one."""
+        return tuple(self._store.chunk_layout.read_chunk.shape)
+
+    def read(self, region: Sequence[slice]) -> np.ndarray:
+        """A part, one slice for each axis.
+
+        Raises:
+          CheckpointError: damaged or unreadable data.
+        """
+        try:
+            return np.asarray(self._store[tuple(region)].read().result())
+        except ValueError as error:
+            raise CheckpointError(unreadable(self._item_dir, [self._name], error)) from error
 
 
 def _select_one(step_dir: epath.Path, name: str) -> ArrayEntry:

@@ -1,5 +1,7 @@
 """Changing the dtype of weights, which is lossy and so only done when asked for."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lemur_jax.config import DTYPES
@@ -12,8 +14,15 @@ def check_dtype(dtype: str | None) -> None:
         raise ConversionError([f"dtype={dtype!r} is unknown; legal: {', '.join(DTYPES)}"])
 
 
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast(
+    array: np.ndarray, dtype: np.dtype, name: str | Callable[[tuple[int, ...]], str]
+) -> np.ndarray:
     """`array` in another dtype, rounded to nearest even; the same array if it has it already.
+
+    Args:
+      array: values.
+      dtype: the other one.
+      name: of the tensor; or says it of the index of an element.
 
     Raises:
       ConversionError: a finite value does not fit (float16 ends at 65504).
@@ -25,6 +34,8 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     lost = np.isfinite(array) & ~np.isfinite(result)
     if lost.any():
         worst = float(np.abs(array[lost].astype(np.float64)).max())
+        if not isinstance(name, str):
+            name = name(tuple(int(i) for i in np.argwhere(lost)[0]))
         raise ConversionError(
             [
                 f"{name!r} holds {worst:g}, which does not fit in {dtype.name}: use "

@@ -1,11 +1,9 @@
 """How a new directory comes into being: whole or not at all."""
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from etils import epath
 
 from lemur_jax import checkpoint
 from lemur_jax.convert.errors import ConversionError
@@ -30,21 +28,26 @@ def check_new(directory: str | Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def appearing(out_dir: Path, needed_bytes: int) -> Iterator[Path]:
-    """A directory beside `out_dir` that gets its name on success and is removed on failure."""
-    parent = out_dir.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise ConversionError(
-            [f"{parent} has {free} bytes free, {needed_bytes} are needed: free some space there"]
-        )
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.partial-", dir=parent))
+def partial_of(destination: Path) -> epath.Path:
+    """Where a local destination grows: beside it, so that a rename puts it in place."""
+    path = destination.absolute()
+    return epath.Path(path.parent / f".{path.name}.partial")
+
+
+def journal_of(destination: Path) -> epath.Path:
+    """Where its journal is kept: beside it, so that the destination never holds any of it."""
+    path = destination.absolute()
+    return epath.Path(path.parent / f".{path.name}.journal")
+
+
+def put_in_place(partial: Path, destination: Path) -> None:
+    """Gives a complete destination its name; an empty directory of that name goes."""
+    destination = destination.absolute()
+    if destination.is_dir():
+        destination.rmdir()
+    partial.rename(destination)
+    descriptor = os.open(destination.parent, os.O_RDONLY)
     try:
-        os.chmod(temporary, 0o755)  # mkdtemp makes private directories
-        yield temporary
-        temporary.rename(out_dir)  # replaces an empty directory, fails on any other
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -23,12 +23,15 @@ def streams(directory: Path) -> list[Path]:
     return sorted({path for pattern in PATTERNS for path in directory.glob(pattern)})
 
 
-def open_easylm(path: str | Path, *, dtype: str | None = None) -> TableSource:
+def open_easylm(
+    path: str | Path, *, dtype: str | None = None, mixed: str | None = None
+) -> TableSource:
     """Opens a stream, or a directory with one stream.
 
     Args:
       path: the file or its directory; a config.json and tokenizer files lie beside it.
       dtype: cast every weight to this as it is read; None keeps the stored dtype.
+      mixed: see `model.open_source`.
 
     Raises:
       ConversionError: everything that is wrong with config, stream, names, shapes and dtypes.
@@ -53,6 +56,7 @@ def open_easylm(path: str | Path, *, dtype: str | None = None) -> TableSource:
         rules(config),
         _parameters(path),
         dtype=dtype,
+        mixed=mixed,
         dictated=Dictated(None, None, None),
         source=source,
         carried=lambda: hf_files(path.parent),

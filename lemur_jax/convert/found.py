@@ -45,6 +45,7 @@ def table_source(
     tensors: Sequence[Tensor],
     *,
     dtype: str | None,
+    mixed: str | None,
     dictated: Dictated,
     source: dict[str, Any],
     carried: Callable[[], dict[str, bytes]],
@@ -59,6 +60,7 @@ def table_source(
       table: the rules of this format for this config.
       tensors: all that was found; a name may appear twice (that is an error here).
       dtype: cast weights to this when they are read; None: as stored.
+      mixed: cast only leaves of several dtypes, or float64, to this.
       dictated: what is checked and dropped.
       source: config.json, or what says the same.
       carried: reads the small files.
@@ -80,7 +82,7 @@ def table_source(
             rest.append(tensor)
     check_complete(table, config, leaves, [Found(t.name, t.shape, t.path.name) for t in rest])
     by_name = {tensor.name: tensor for tensor in rest}
-    dtypes = _leaf_dtypes(table, config, by_name, dtype)
+    dtypes = _leaf_dtypes(table, config, by_name, dtype, mixed)
     for tensor in buffers:
         _check_inverse_frequencies(tensor, config)
     for tensor in tied_head:
@@ -111,23 +113,23 @@ def _rule(table: Sequence[Rule], ours: str) -> Rule:
     return next(rule for rule in table if rule.ours == ours)
 
 
-def _leaf_dtypes(table, config, tensors, dtype) -> dict[str, np.dtype]:
-    problems, dtypes = [], {}
+def _leaf_dtypes(table, config, tensors, dtype, mixed) -> dict[str, np.dtype]:
+    problems, dtypes, to = [], {}, dtype or mixed
     for rule in table:
         by_dtype: dict[str, list[str]] = {}
         for name in rule.source_names(config):
             by_dtype.setdefault(tensors[name].dtype.name, []).append(name)
         for found, names in by_dtype.items():
-            if found not in FLOATS and (found != "float64" or dtype is None):
+            if found not in FLOATS and (found != "float64" or to is None):
                 fix = "give dtype=" if found == "float64" else "use unquantised weights"
                 problems.append(f"{names[0]!r} has dtype {found}, which is not supported: {fix}")
-        if len(by_dtype) > 1 and dtype is None:
+        if len(by_dtype) > 1 and to is None:
             shown = ", ".join(f"{names[0]!r} {found}" for found, names in by_dtype.items())
             problems.append(
                 f"{rule.ours!r} stacks layers of different dtypes ({shown}): give dtype="
             )
-        if by_dtype:
-            dtypes[rule.ours] = numpy_dtype(dtype or next(iter(by_dtype)))
+        own = next(iter(by_dtype)) if len(by_dtype) == 1 else None
+        dtypes[rule.ours] = numpy_dtype(dtype or (own if own in FLOATS else to) or "float32")
     if problems:
         raise ConversionError(problems)
     return dtypes

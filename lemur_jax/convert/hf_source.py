@@ -43,13 +43,16 @@ _KINDS = (
 )
 
 
-def open_hf(directory: str | Path, *, dtype: str | None = None) -> TableSource:
+def open_hf(
+    directory: str | Path, *, dtype: str | None = None, mixed: str | None = None
+) -> TableSource:
     """Opens an HF directory. Safetensors are taken where there are both.
 
     Args:
       directory: holds config.json and model.safetensors, or shards and their index, or the same
         as pytorch_model.bin.
       dtype: cast every weight to this as it is read; None keeps the dtype that is stored.
+      mixed: see `model.open_source`.
 
     Raises:
       ConversionError: everything that is wrong with config, files, names, shapes and dtypes.
@@ -67,6 +70,7 @@ def open_hf(directory: str | Path, *, dtype: str | None = None) -> TableSource:
         tables.hf_llama(config),
         _headers(directory, kind),
         dtype=dtype,
+        mixed=mixed,
         dictated=Dictated(
             tables.HF_INVERSE_FREQUENCIES, tables.HF_TIED_HEAD.theirs, tables.HF_TIED_HEAD_OF
         ),

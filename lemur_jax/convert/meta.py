@@ -22,13 +22,18 @@ _KNOWN = {
 
 
 def open_meta(
-    directory: str | Path, *, dtype: str | None = None, max_positions: int | None = None
+    directory: str | Path,
+    *,
+    dtype: str | None = None,
+    mixed: str | None = None,
+    max_positions: int | None = None,
 ) -> TableSource:
     """Opens a directory with params.json and consolidated.*.pth.
 
     Args:
       directory: holds them; a tokenizer.model beside them travels along.
       dtype: cast every weight to this as it is read; None keeps the stored dtype.
+      mixed: see `model.open_source`.
       max_positions: the longest sequence the model handles, which params.json does not say.
 
     Raises:
@@ -48,6 +53,7 @@ def open_meta(
         tables.META,
         list(tensors.values()),
         dtype=dtype,
+        mixed=mixed,
         dictated=Dictated(tables.META_INVERSE_FREQUENCIES, None, None),
         source=source,
         carried=lambda: hf_files(directory),

@@ -13,6 +13,7 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.cast import cast
+from lemur_jax.convert.grain import Grain, of_rule
 from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.stored import JoinedTensor, Region, Shape, StoredTensor
 
@@ -62,6 +63,10 @@ class Source(Protocol):
         """The tensor and file of one element, in the source's own names; for messages."""
         ...
 
+    def grain(self, name: str) -> Grain:
+        """Where a leaf is cut for reading."""
+        ...
+
     def files(self) -> dict[str, bytes]:
         """Small files that travel with the model: tokenizer/..., hf/..."""
         ...
@@ -72,7 +77,11 @@ class Source(Protocol):
 
 
 def open_source(
-    path: str | Path, *, dtype: str | None = None, max_positions: int | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mixed: str | None = None,
+    max_positions: int | None = None,
 ) -> Source:
     """Opens a model of any format that we read.
 
@@ -80,6 +89,8 @@ def open_source(
       path: run, checkpoint, HF directory (safetensors or .bin), directory with Meta's
         consolidated.*.pth, or with EasyLM's streaming_params and a config.json.
       dtype: cast every weight to this as it is read; None keeps each one's own.
+      mixed: cast to this only the leaves that have no dtype of their own: layers of several
+        dtypes, or float64.
       max_positions: of Meta's format, whose params.json does not say it.
 
     Raises:
@@ -93,10 +104,10 @@ def open_source(
     if kind == "lemur":
         return ours.open_ours(path, dtype=dtype)
     if kind == "meta":
-        return meta.open_meta(path, dtype=dtype, max_positions=max_positions)
+        return meta.open_meta(path, dtype=dtype, mixed=mixed, max_positions=max_positions)
     if kind == "easylm":
-        return easylm.open_easylm(path, dtype=dtype)
-    return hf_source.open_hf(path, dtype=dtype)
+        return easylm.open_easylm(path, dtype=dtype, mixed=mixed)
+    return hf_source.open_hf(path, dtype=dtype, mixed=mixed)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,10 @@ class TableSource:
         rule = self.rules[name]
         theirs = rule.theirs.format(index[0]) if rule.stacked else rule.theirs
         return f"{theirs} in {self.tensors[theirs].path.name}"
+
+    def grain(self, name: str) -> Grain:
+        """As Source."""
+        return of_rule(self.rules[name])
 
     def files(self) -> dict[str, bytes]:
         """As Source."""

@@ -1,7 +1,7 @@
 """A checkpoint of ours, opened as a Source: parts of its arrays through TensorStore."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert.cast import cast, check_dtype
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.grain import Grain, of_chunks
 from lemur_jax.convert.model import Index, region_of
 from lemur_jax.convert.recognise import step_directory
 from lemur_jax.convert.safetensors import numpy_dtype
@@ -31,6 +32,8 @@ class OurSource:
       manifest: what it says of itself.
       leaves: shape of each leaf.
       asked: the dtype that every weight is cast to; None: as stored.
+      context: bounds what is in flight.
+      opened: arrays that have been opened.
     """
 
     path: str
@@ -40,6 +43,8 @@ class OurSource:
     manifest: checkpoint.Manifest
     leaves: dict[str, Shape]
     asked: str | None
+    context: Any
+    opened: dict[str, checkpoint.OpenArray] = field(default_factory=dict)
     format: str = "lemur"
 
     @property
@@ -58,8 +63,12 @@ class OurSource:
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """As Source."""
         region, squeezed = region_of(index, self.shape(name))
-        array = checkpoint.read_region(self.step_dir, self.manifest, PREFIX + name, region)
+        array = self._open(name).read(region)
         return cast(array, self.dtype(name), name)[squeezed]
+
+    def grain(self, name: str) -> Grain:
+        """As Source: the stored chunks."""
+        return of_chunks(self.shape(name), self._open(name).chunks, written=False)
 
     def where(self, name: str, index: tuple[int, ...]) -> str:
         """As Source."""
@@ -76,6 +85,14 @@ class OurSource:
     def digests(self) -> dict[str, str]:
         """As Source: of the arrays as they are stored, whatever dtype was asked for."""
         return {name: self.manifest.arrays[PREFIX + name].digest for name in self.leaves}
+
+    def _open(self, name: str) -> checkpoint.OpenArray:
+        if name not in self.opened:
+            stored = PREFIX + name
+            self.opened[name] = checkpoint.OpenArray(
+                self.step_dir, stored, self.manifest.arrays[stored], self.context
+            )
+        return self.opened[name]
 
 
 def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:
@@ -95,7 +112,8 @@ def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:
     _check_holds(step_dir, manifest, leaves)
     config = replace(config, param_dtype=dtype or manifest.arrays[PREFIX + "table"].dtype)
     extras = manifest.about.get("hf_extras") or None
-    return OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype)
+    context = checkpoint.slice_context()
+    return OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype, context)
 
 
 def _check_holds(step_dir, manifest, leaves) -> None:

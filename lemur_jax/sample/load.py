@@ -10,8 +10,8 @@ from typing import Any
 
 from lemur_jax import checkpoint
 from lemur_jax.config import ConfigError
-from lemur_jax.convert import hf
 from lemur_jax.convert import load as convert_load
+from lemur_jax.convert import small_files
 from lemur_jax.convert.json_file import read_json
 from lemur_jax.convert.recognise import recognise
 from lemur_jax.data.tokenizer import Tokenizer
@@ -45,18 +45,18 @@ def load(path: str | Path) -> Loaded:
     if recognise(directory) == "hf":
         return Loaded(model, _tokenizer(directory, directory), _hf_stop_ids(directory))
     about = checkpoint.describe(directory).about
-    tokenizer = _tokenizer(directory / hf.TOKENIZER_DIR, directory)
+    tokenizer = _tokenizer(directory / small_files.TOKENIZER_DIR, directory)
     trained_with = about.get("tokenizer_fingerprint")
     if trained_with not in (None, tokenizer.fingerprint):
         raise ConfigError(
             [
-                f"tokenizer in {directory / hf.TOKENIZER_DIR} has the fingerprint "
+                f"tokenizer in {directory / small_files.TOKENIZER_DIR} has the fingerprint "
                 f"{tokenizer.fingerprint[:16]}, but the model was trained with "
                 f"{trained_with[:16]}: put the files of the training's tokenizer back"
             ]
         )
     source = (about.get("hf_extras") or {}).get("config") or {}
-    generation = _json(directory / hf.HF_DIR / hf.GENERATION_CONFIG)
+    generation = _json(directory / small_files.HF_DIR / small_files.GENERATION_CONFIG)
     return Loaded(model, tokenizer, _eos(generation) or _eos(source))
 
 
@@ -71,7 +71,7 @@ def _tokenizer(directory: Path, model_directory: Path) -> Tokenizer:
 
 def _hf_stop_ids(directory: Path) -> tuple[int, ...]:
     config = read_json(directory / "config.json")
-    return _eos(_json(directory / hf.GENERATION_CONFIG)) or _eos(config)
+    return _eos(_json(directory / small_files.GENERATION_CONFIG)) or _eos(config)
 
 
 def _json(path: Path) -> dict[str, Any]:

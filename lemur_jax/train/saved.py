@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from lemur_jax import checkpoint
 from lemur_jax.config import COMPUTATION_FIELDS, ConfigError, ModelConfig, TrainConfig, model_config
-from lemur_jax.convert import hf
+from lemur_jax.convert import hf, small_files
 from lemur_jax.convert.load import load_model
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def files(operative_config: str, pipeline: Pipeline, start: Start) -> dict[str, 
     """Small files that every checkpoint carries: the operative config and the tokenizer."""
     found = start.files | {"config.gin": operative_config.encode()}
     for path in sorted(Path(pipeline.tokenizer_dir).iterdir()):
-        found[f"{hf.TOKENIZER_DIR}/{path.name}"] = path.read_bytes()
+        found[f"{small_files.TOKENIZER_DIR}/{path.name}"] = path.read_bytes()
     return found
 
 
@@ -132,7 +132,7 @@ def starting_state(
 def _carried(path: Any) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
     """hf_extras and files of a source, without its tokenizer: the run has the data set's."""
     extras, found = hf.carried(path)
-    prefix = f"{hf.HF_DIR}/"
+    prefix = f"{small_files.HF_DIR}/"
     return extras, {name: data for name, data in found.items() if name.startswith(prefix)}
 
 
@@ -140,7 +140,7 @@ def _check_tokenizer(
     source: Path, pipeline: Pipeline, name: str, report: Callable[[str], None]
 ) -> None:
     """The data must be tokenised as the weights were: ids mean nothing else."""
-    of_ours = source / hf.TOKENIZER_DIR
+    of_ours = source / small_files.TOKENIZER_DIR
     directory = of_ours if of_ours.is_dir() else source
     if any((directory / file).is_file() for file in ("tokenizer.model", "tokenizer.json")):
         fingerprint = Tokenizer.load(directory).fingerprint

@@ -1,18 +1,19 @@
 """Damaged and foreign directories: an error that names what, and a destination left as it was."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny_hf
 
 from lemur_jax import checkpoint
-from lemur_jax.convert import hf
-from lemur_jax.convert.destination import appearing
+from lemur_jax.convert import engine, plan
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf import export_hf, import_hf
 from lemur_jax.convert.hf_source import open_hf
 from lemur_jax.convert.recognise import recognise
+from lemur_jax.convert.targets import FilesTarget
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -240,39 +241,57 @@ def test_a_destination_with_something_in_it_is_left_alone(tmp_path, convert):
         convert(source, tmp_path / "o" / "precious")
 
 
-def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch):
-    """Red when `appearing` writes under the final name, or leaves its directory behind."""
+def test_a_full_disk_leaves_nothing_that_looks_whole_and_is_gone_on_from(tmp_path, monkeypatch):
+    """Red when `convert` works under the final name, or throws away what was written."""
     import_hf(tiny_hf.write(tmp_path / "hf"), tmp_path / "ours")
     (tmp_path / "o").mkdir()  # empty: allowed
-    before = sorted(path.name for path in tmp_path.iterdir())
+    written = []
+    write = FilesTarget.write
 
-    def fail(*_):
-        assert len(list(tmp_path.glob(".o.partial-*/*.safetensors"))) == 1
-        raise OSError("disk full")
+    def fail(self, name, region, array):
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        written.append(name)
+        write(self, name, region, array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hf, "cast", fail)
-        with pytest.raises(OSError, match="disk full"):
+        patch.setattr(FilesTarget, "write", fail)
+        patch.setattr(engine, "WORKERS", 1)
+        with pytest.raises(OSError, match="No space left"):
             export_hf(tmp_path / "ours", tmp_path / "o")
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert list((tmp_path / "o").iterdir()) == []
+    assert not (tmp_path / ".o.partial" / "config.json").exists()
     export_hf(tmp_path / "ours", tmp_path / "o")
-    assert (tmp_path / "o" / SINGLE).exists()
+    assert tiny_hf.read_all(tmp_path / "o") == tiny_hf.read_all(tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "o", "ours"]
 
 
-def test_too_little_disk_is_said_first(tmp_path):
+def test_a_refused_conversion_leaves_nothing(tmp_path):
+    """Red when a value that does not fit leaves its partial directory behind."""
+    tensors = tiny_hf.weights()
+    tensors[K_PROJ][0, 0] = -1e6
+    source = tiny_hf.write(tmp_path / "hf", tensors)
+    with pytest.raises(ConversionError, match="does not fit"):
+        import_hf(source, tmp_path / "o", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_too_little_disk_is_said_first(tmp_path, monkeypatch):
     """Red when the free space is not compared with what will be written."""
-    with (
-        pytest.raises(ConversionError, match=r"bytes free, 1000000000000000000 are needed"),
-        appearing(tmp_path / "o", 10**18),
-    ):
-        pass
-    assert list(tmp_path.iterdir()) == []
+    source = tiny_hf.write(tmp_path / "hf")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(ConversionError, match=r"1000 bytes free, \d+ are needed"):
+        import_hf(source, tmp_path / "o")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     """Red when the export does not check digests, or leaves a directory of wrong weights."""
     step_dir = import_hf(tiny_hf.write(tmp_path / "hf"), tmp_path / "ours")
-    data = max((p for p in step_dir.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = max(
+        (p for p in step_dir.rglob("table/*") if p.is_file()), key=lambda p: p.stat().st_size
+    )
     raw = bytearray(data.read_bytes())
     raw[len(raw) // 2] ^= 1
     data.write_bytes(raw)

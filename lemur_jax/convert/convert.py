@@ -1,0 +1,317 @@
+"""The whole of a conversion: what `lemur convert SRC DST` does."""
+
+import dataclasses
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from lemur_jax import checkpoint
+from lemur_jax.config import MeshConfig
+from lemur_jax.convert import engine, targets
+from lemur_jax.convert.cast import check_dtype
+from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place
+from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.hf_config import config_to_hf
+from lemur_jax.convert.hf_output import write_small_files
+from lemur_jax.convert.journal import Journal, UnfinishedError, identity
+from lemur_jax.convert.model import Source, open_source
+from lemur_jax.convert.ours import PREFIX, OurSource
+from lemur_jax.convert.plan import Plan, check_space, describe, make_plan, show_bytes
+from lemur_jax.convert.report import REPORT, report_text
+from lemur_jax.convert.safetensors import numpy_dtype
+from lemur_jax.convert.targets import ChunksTarget, FilesTarget, Leaf
+from lemur_jax.convert.vocabulary import Resized, resize
+from lemur_jax.errors import LemurError
+
+FORMATS = ("hf", "lemur", "easylm")
+_DEFAULT_MAX_RAM = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+      to: one of FORMATS.
+      dtype: of the written weights; None keeps each weight's own.
+      max_ram: bytes of resident memory that the process may reach.
+      max_shard_bytes: of one safetensors file.
+      mesh: chunks of a checkpoint are what a device of this mesh holds; None: layers.
+      add_tokens: behind those of the tokenizer.
+      vocab_size: rows of the result; None: as they are, or as the new tokens need.
+      new_rows: "mean" or "zeros".
+      max_positions: of Meta's format, which does not say it.
+      process, processes: this process, from 0, and how many share the work.
+      timeout_seconds: for which processes wait for one another without seeing progress.
+    """
+
+    to: str
+    dtype: str | None = None
+    max_ram: int = _DEFAULT_MAX_RAM
+    max_shard_bytes: int = 5_000_000_000  # transformers' habit
+    mesh: MeshConfig | None = None
+    add_tokens: tuple[str, ...] = ()
+    vocab_size: int | None = None
+    new_rows: str = "mean"
+    max_positions: int | None = None
+    process: int = 0
+    processes: int = 1
+    timeout_seconds: float = 1200
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        problems = []
+        if self.to not in FORMATS:
+            problems.append(f"--to={self.to} is unknown; legal: {', '.join(FORMATS)}")
+        if self.max_shard_bytes < 1:
+            problems.append(f"max_shard_bytes={self.max_shard_bytes} must be positive")
+        if not 0 <= self.process < self.processes:
+            problems.append(
+                f"--process={self.process} must be from 0 to --processes={self.processes} less 1"
+            )
+        if self.mesh is not None and self.to != "lemur":
+            problems.append(f"--mesh is of checkpoints of ours, not of --to={self.to}")
+        if problems:
+            raise ConversionError(problems)
+
+
+def convert(
+    source_path: str | Path,
+    destination: str | Path,
+    options: Options,
+    *,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> os.PathLike:
+    """Converts a model of any format that we read.
+
+    The destination appears under its name only when it is complete. Until then it lies beside it
+    as `.NAME.partial`, where the same call goes on after a kill, a full disk or Ctrl-C; what
+    cannot be converted at all leaves nothing.
+
+    Args:
+      source_path: see model.open_source.
+      destination: must not exist or be empty; local, or gs://, s3:// for --to=lemur.
+      options: how.
+      dry_run: stop after the plan.
+      say: takes the plan and the outcome, line by line.
+
+    Returns:
+      The destination; of a checkpoint its step directory.
+
+    Raises:
+      ConversionError: anything wrong with the source, the flags or the destination.
+      CheckpointError: a checkpoint of ours is incomplete or damaged.
+      OSError: the disk. Free some space and call again: it goes on.
+    """
+    if "://" in str(destination) and options.to != "lemur":
+        raise ConversionError(
+            [f"{destination} is not local: convert to a local directory, then copy"]
+        )
+    check_new(destination)
+    source: Source = open_source(
+        source_path, mixed=options.dtype, max_positions=options.max_positions
+    )
+    if options.add_tokens or options.vocab_size is not None:
+        source = resize(
+            source, options.add_tokens, vocab_size=options.vocab_size, new_rows=options.new_rows
+        )
+    job = _Job(source, destination, options)
+    say(describe(job.plan, engine.guess_rate(source, job.plan)))
+    if dry_run:
+        return Path(destination)
+    return job.run(say)
+
+
+class _Job:
+    """One conversion: its plan, and what is written besides weights."""
+
+    def __init__(self, source: Source, destination: str | Path, options: Options):
+        self.source, self.options = source, options
+        self.destination = destination
+        self.remote = "://" in str(destination)
+        if self.remote:
+            self.partial = epath.Path(destination)
+            self.journal = self.partial / "convert.journal"
+        else:
+            self.partial = partial_of(Path(destination))
+            self.journal = journal_of(Path(destination))
+        self.step = source.manifest.step if isinstance(source, OurSource) else 0
+        self.leaves = [
+            Leaf(
+                name,
+                source.shape(name),
+                numpy_dtype(options.dtype) if options.dtype else source.dtype(name),
+                source.grain(name),
+            )
+            for name in source.names
+        ]
+        dtypes = {leaf.name: leaf.dtype for leaf in self.leaves}
+        self.weights = dtypes["table"].name
+        self.config = dataclasses.replace(source.config, param_dtype=self.weights)
+        if options.dtype:
+            self.config = dataclasses.replace(self.config, dtype=options.dtype)
+        self.index: dict[str, bytes] = {}
+        if options.to == "lemur":
+            self.target: FilesTarget | ChunksTarget = ChunksTarget(
+                self.partial / str(self.step), self.config, self.leaves, options.mesh
+            )
+        elif options.to == "easylm":
+            self.target = targets.easylm_target(Path(self.partial), self.config, dtypes)
+        else:
+            config_to_hf(self.config, (source.extras or {}).get("config"))  # refuses early
+            self.target, self.index = targets.safetensors_target(
+                Path(self.partial),
+                self.config,
+                dtypes,
+                source.extras or {},
+                options.max_shard_bytes,
+            )
+        self.plan: Plan = make_plan(source, self.leaves, self.target, options.max_ram)
+
+    def run(self, say: Callable[[str], None]) -> os.PathLike:
+        started = time.monotonic()
+        options = self.options
+        first = options.process == 0
+        journal = Journal(self.journal, options.process, options.processes)
+        if first and not self.partial.exists():
+            journal.remove()  # of a destination that was finished, or removed by hand
+            if not self.remote:
+                Path(self.partial).parent.mkdir(parents=True, exist_ok=True)
+                check_space(Path(self.partial).parent, self.target.total_bytes)
+        try:
+            done = journal.begin(self._header(), self._prepare, options.timeout_seconds)
+            if done:
+                say(f"going on: {len(done)} of {len(self.plan.blocks)} blocks are there")
+            engine.run(
+                self.source, self.leaves, self.target, self.plan, journal, done,
+                options.process, options.processes, f"{self.source.path} -> {self.destination}",
+            )  # fmt: skip
+            if not first:
+                journal.wait_until_gone(options.timeout_seconds)
+                return self._result()
+            lines = journal.all_done(len(self.plan.blocks), options.timeout_seconds)
+            found = engine.tally(self.plan, lines)
+            engine.check_digests(self.source, found)
+            self._finish(found)
+            journal.remove()
+        except UnfinishedError:
+            raise
+        except LemurError:
+            if first and not self.remote:  # trying again would not help
+                shutil.rmtree(self.partial, ignore_errors=True)
+                journal.remove()
+            raise
+        finally:
+            journal.close()
+            self.target.close()
+        self._say_outcome(found, time.monotonic() - started, say)
+        return self._result()
+
+    def _prepare(self) -> None:
+        self.partial.mkdir(parents=True, exist_ok=True)
+        self.target.prepare()
+
+    def _result(self) -> os.PathLike:
+        if self.options.to == "lemur":
+            where = self.destination if self.remote else os.path.abspath(self.destination)
+            return (epath.Path if self.remote else Path)(where) / str(self.step)
+        return Path(self.destination)
+
+    def _header(self) -> dict[str, Any]:
+        options = dataclasses.asdict(self.options)
+        for name in ("process", "timeout_seconds"):
+            del options[name]
+        origin = getattr(self.source, "source", self.source)
+        where = origin.step_dir if isinstance(origin, OurSource) else origin.path
+        content = {
+            "source": os.path.abspath(origin.path) if "://" not in origin.path else origin.path,
+            "source_files": identity(where),
+            "blocks": len(self.plan.blocks),
+            **{f"--{name}": value for name, value in options.items()},
+        }
+        content["--add_tokens"] = list(options["add_tokens"])
+        return content
+
+    def _finish(self, found: dict[str, engine.Tally]) -> None:
+        digests = {name: tally.written.hexdigest() for name, tally in found.items()}
+        if self.options.to == "lemur":
+            self._write_checkpoint(digests)
+            if self.remote:
+                return
+        else:
+            directory = Path(self.partial)
+            for name, data in self.index.items():
+                (directory / name).write_bytes(data)
+            write_small_files(
+                directory, self.config, self.source.extras, self.source.files(), self.weights
+            )
+            leaves = {
+                leaf.name: {
+                    "shape": list(leaf.shape),
+                    "dtype": leaf.dtype.name,
+                    "digest": digests[leaf.name],
+                }
+                for leaf in self.leaves
+            }
+            about = {"source_format": self.source.format, "cast": self._casts(found)}
+            (directory / REPORT).write_text(report_text(self.config, leaves, about))
+        self.target.close()
+        put_in_place(Path(self.partial), Path(self.destination))
+
+    def _write_checkpoint(self, digests: dict[str, str]) -> None:
+        entries = {
+            PREFIX + leaf.name: checkpoint.ArrayEntry(
+                shape=leaf.shape, dtype=leaf.dtype.name, digest=digests[leaf.name],
+                item=PREFIX.rstrip("/"),
+            )
+            for leaf in self.leaves
+        }  # fmt: skip
+        about: dict[str, Any] = {"kind": "params", "model": dataclasses.asdict(self.config)}
+        extras = self.source.extras
+        if extras is not None:
+            about["hf_extras"] = extras | {"weights_dtype": self.weights}
+            if self.options.dtype is not None or isinstance(self.source, Resized):
+                about["hf_extras"]["config"] = config_to_hf(
+                    self.config, extras["config"], self.options.dtype
+                )
+        if isinstance(self.source, OurSource):
+            fingerprint = self.source.manifest.about.get("tokenizer_fingerprint")
+            about |= {"tokenizer_fingerprint": fingerprint} if fingerprint else {}
+        checkpoint.finish_step(
+            self.partial / str(self.step), self.step, entries, about, self.source.files()
+        )
+
+    def _casts(self, found: dict[str, engine.Tally]) -> dict[str, dict[str, Any]]:
+        """What a cast cost, of each leaf that it changed."""
+        before = {leaf.name: self.source.dtype(leaf.name).name for leaf in self.leaves}
+        return {
+            leaf.name: {
+                "from": before[leaf.name],
+                "to": leaf.dtype.name,
+                **dataclasses.asdict(found[leaf.name].error),
+            }
+            for leaf in self.leaves
+            if before[leaf.name] != leaf.dtype.name
+        }
+
+    def _say_outcome(
+        self, found: dict[str, engine.Tally], seconds: float, say: Callable[[str], None]
+    ) -> None:
+        for name, cost in self._casts(found).items():
+            say(
+                f"cast {name}: {cost['from']} -> {cost['to']}, {cost['changed']} values changed, "
+                f"at most by {cost['absolute']:.3g} (relative {cost['relative']:.3g})"
+            )
+        peak = engine.peak_resident_bytes()
+        say(
+            f"{show_bytes(self.plan.bytes_in)} in {seconds:.1f} s, "
+            f"{show_bytes(self.plan.bytes_in / seconds)}/s; peak memory {show_bytes(peak)} of "
+            f"--max_ram={show_bytes(self.options.max_ram)}"
+        )

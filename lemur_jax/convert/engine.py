@@ -1,0 +1,212 @@
+"""`lemur convert`: any source to any target, block by block, inside a memory budget.
+
+    open_source -> Plan -> [read -> turn -> cast -> digest -> write] -> journal -> digests compared
+                                                                        -> small files -> rename
+
+Blocks go through a few threads; a block starts when the budget has room for it. What the journal
+says is written is not written again. Every process of several takes its own blocks, and process 0
+makes the result whole when all blocks are there; no weights go from one process to another.
+"""
+
+import queue
+import resource
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lemur_jax.checkpoint import CheckpointError, StreamingDigest
+from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.journal import Journal
+from lemur_jax.convert.model import Source
+from lemur_jax.convert.plan import WORKERS, Block, Plan
+from lemur_jax.convert.progress import progress
+from lemur_jax.convert.targets import Leaf, Target
+from lemur_jax.convert.turn import (
+    CastError,
+    cast_block,
+    contiguous,
+    vocabulary_axis,
+    without_padding,
+)
+
+_SYNC_SECONDS = 5.0  # how much work a kill may cost
+
+
+@dataclass
+class Tally:
+    """What has been seen of one leaf.
+
+    Attributes:
+      written: digest of the leaf as it is written.
+      read: digest of the leaf as it was read, to compare with what the source states.
+      error: of the cast.
+    """
+
+    written: StreamingDigest = field(default_factory=StreamingDigest)
+    read: StreamingDigest = field(default_factory=StreamingDigest)
+    error: CastError = field(default_factory=CastError)
+
+    def add(self, line: dict) -> None:
+        """Takes in a line of the journal."""
+        self.written.add_sums(line["written"])
+        self.read.add_sums(line["read"])
+        self.error.add(CastError(*line["error"]))
+
+
+def run(
+    source: Source,
+    leaves: Iterable[Leaf],
+    target: Target,
+    plan: Plan,
+    journal: Journal,
+    done: dict[int, dict],
+    process: int,
+    processes: int,
+    what: str,
+) -> None:
+    """Does this process's blocks that are not done yet.
+
+    Raises:
+      ConversionError: a value that does not fit, a damaged source.
+      OSError: the disk; what is journaled is kept.
+    """
+    dtypes = {leaf.name: leaf.dtype for leaf in leaves}
+    mine = [b for b in plan.blocks if b.number % processes == process]
+    room = _Room(plan.budget)
+    finished: queue.Queue[tuple[Block, Future]] = queue.Queue()
+
+    def start(pool: ThreadPoolExecutor, block: Block) -> None:
+        room.take(block.memory)
+        future = pool.submit(_one, source, target, block, dtypes[block.name])
+        future.add_done_callback(lambda f: (room.give(block.memory), finished.put((block, f))))
+
+    total = sum(block.bytes_in for block in mine)
+    with ThreadPoolExecutor(WORKERS) as pool, progress(what, total) as advance:
+        for block in mine:
+            if block.number in done:
+                advance(block.name, block.bytes_in)
+        waiting, running, lines = [b for b in mine if b.number not in done], 0, []
+        waiting.reverse()
+        synced = time.monotonic()
+        try:
+            while waiting or running:
+                while waiting and (running == 0 or room.has(waiting[-1].memory)):
+                    if running >= 2 * WORKERS:
+                        break
+                    start(pool, waiting.pop())
+                    running += 1
+                block, future = finished.get()
+                running -= 1
+                lines.append({"block": block.number} | future.result())
+                advance(block.name, block.bytes_in)
+                if time.monotonic() - synced > _SYNC_SECONDS or not (waiting or running):
+                    target.sync()
+                    journal.append(lines)
+                    lines, synced = [], time.monotonic()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+class _Room:
+    """The budget: bytes that blocks at work may take together."""
+
+    def __init__(self, budget: int):
+        self._free = budget
+        self._changed = threading.Condition()
+
+    def has(self, count: int) -> bool:
+        with self._changed:
+            return self._free >= count
+
+    def take(self, count: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+
+    def give(self, count: int) -> None:
+        with self._changed:
+            self._free += count
+            self._changed.notify_all()
+
+
+def _one(source: Source, target: Target, block: Block, dtype: np.dtype) -> dict:
+    """One block from the source to its place; what the journal says of it."""
+    offset = tuple(part.start for part in block.region)
+    read = contiguous(source.read(block.name, block.region))
+    as_read, as_written = StreamingDigest(), StreamingDigest()
+    as_read.add(read, offset)
+    axis = vocabulary_axis(block.name)
+    first = 0 if axis is None else offset[axis]
+    clean = without_padding(read, axis, first, source.config.vocab_size)
+
+    def name(index: tuple[int, ...]) -> str:
+        return source.where(block.name, tuple(a + b for a, b in zip(offset, index)))
+
+    turned, error = cast_block(clean, dtype, name)
+    if turned is read:
+        as_written.add_sums(as_read.sums)
+    else:
+        as_written.add(turned, offset)
+    del read, clean
+    target.write(block.name, block.region, turned)
+    return {
+        "written": as_written.sums,
+        "read": as_read.sums,
+        "error": [error.absolute, error.relative, error.changed],
+    }
+
+
+def tally(plan: Plan, lines: dict[int, dict]) -> dict[str, Tally]:
+    """The digests and errors of whole leaves, once every block has its line."""
+    found: dict[str, Tally] = {}
+    for block in plan.blocks:
+        found.setdefault(block.name, Tally()).add(lines[block.number])
+    return found
+
+
+def check_digests(source: Source, found: dict[str, Tally]) -> None:
+    """What was read is what the source says it holds.
+
+    Raises:
+      ConversionError: of other formats; CheckpointError of ours: names the leaves.
+    """
+    stated = source.digests()
+    wrong = [
+        name for name in found if stated.get(name, "") not in ("", found[name].read.hexdigest())
+    ]
+    if not wrong:
+        return
+    if source.format == "lemur":
+        raise CheckpointError(
+            f"damaged checkpoint: the digest of {', '.join(wrong)} in {source.path} is not that of "
+            "its manifest, so its bytes have changed since the save. Use another checkpoint, or "
+            "copy this one again from where it came"
+        )
+    raise ConversionError(
+        [
+            f"{source.path} is damaged: the digest of {name!r} (e.g. "
+            f"{source.where(name, (0,) * len(source.shape(name)))}) is not that of its "
+            "conversion.json: copy it again; if its weights were changed on purpose, remove "
+            "conversion.json"
+            for name in wrong
+        ]
+    )
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has had in memory, as the kernel counts it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def guess_rate(source: Source, plan: Plan) -> float:
+    """Bytes a second, from one block that is read, turned and digested but not written."""
+    block = max(plan.blocks, key=lambda b: b.bytes_in)
+    start = time.monotonic()
+    array = contiguous(source.read(block.name, block.region))
+    StreamingDigest().add(array, (0,) * array.ndim)
+    return WORKERS / 2 * array.nbytes / max(time.monotonic() - start, 1e-6)

@@ -1,0 +1,203 @@
+"""What has been written of a destination that is not whole yet: a killed conversion goes on.
+
+    .DST.partial/               the destination to be, files at their final size
+    .DST.journal/header.json    source, flags and plan: another conversion is refused by name
+    .DST.journal/blocks.I.jsonl one line for each block that process I has written and synced
+    .DST.journal/lock.I         held while process I is at work
+
+A line is appended only after the data of its block. A torn last line is a block not written.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from lemur_jax.convert.errors import ConversionError
+
+_POLL_SECONDS = 0.2
+
+
+class UnfinishedError(ConversionError):
+    """The partial destination is another's, or not done by all processes: it is left as it is."""
+
+
+class Journal:
+    """The journal of one process. Local directories, or any that epath knows."""
+
+    def __init__(self, folder: epath.Path, process: int, processes: int):
+        """Names only: see `begin`.
+
+        Args:
+          folder: of the journal.
+          process, processes: this one, from 0, and how many.
+        """
+        self._folder = folder
+        self._process, self._processes = process, processes
+        self._local = "://" not in str(folder)
+        self._lines: list[str] = []
+        self._lock: Any = None
+
+    def begin(
+        self, header: Mapping[str, Any], prepare: Callable[[], None], timeout_seconds: float
+    ) -> dict[int, dict]:
+        """Process 0 compares the header with the one that is there, or else writes it; others
+        wait for it and compare.
+
+        Args:
+          header: what the conversion is of: plain JSON.
+          prepare: makes the files, or opens them; called once they are known to be ours.
+          timeout_seconds: for which others wait for process 0.
+
+        Returns:
+          {block number: its line} of what this process has written before.
+
+        Raises:
+          ConversionError: the destination is being written by another command, or was begun with
+            another source or other flags; says which.
+        """
+        path = self._folder / "header.json"
+        if self._process == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        else:
+            _wait(path.exists, timeout_seconds, f"process 0 has not written {path}")
+        self._take_lock()
+        if path.exists():
+            self._compare(json.loads(path.read_text()), json.loads(json.dumps(header)))
+        prepare()
+        if self._process == 0 and not path.exists():
+            _write(path, json.dumps(header, indent=1))
+        done = self._read(self._process)
+        self._lines = [json.dumps(line) for line in done.values()]
+        return done
+
+    def _compare(self, found: dict, header: dict) -> None:
+        different = [
+            f"{key} was {found.get(key)!r} and is {header.get(key)!r}"
+            for key in sorted({*found, *header})
+            if found.get(key) != header.get(key)
+        ]
+        if different:
+            raise UnfinishedError(
+                [
+                    f"{self._folder} is of a conversion that was begun otherwise: "
+                    f"{'; '.join(different)}. Give the same source and flags to go on, or remove "
+                    "it and the .partial beside it"
+                ]
+            )
+
+    def append(self, lines: list[dict]) -> None:
+        """Adds blocks whose data is safe."""
+        self._lines += [json.dumps(line) for line in lines]
+        path = self._folder / f"blocks.{self._process}.jsonl"
+        if not self._local:
+            path.write_text("\n".join(self._lines) + "\n")
+            return
+        with open(path, "a") as file:
+            if file.tell() and not _ends_with_newline(path):
+                file.write("\n")  # behind a torn line
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def all_done(self, blocks: int, timeout_seconds: float) -> dict[int, dict]:
+        """Process 0 waits here for the others. Every block's line.
+
+        Raises:
+          ConversionError: another process has written nothing for `timeout_seconds`.
+        """
+        since, before = time.monotonic(), -1
+        while True:
+            done: dict[int, dict] = {}
+            for process in range(self._processes):
+                done |= self._read(process)
+            if len(done) == blocks:
+                return done
+            if len(done) != before:
+                since, before = time.monotonic(), len(done)
+            if time.monotonic() - since > timeout_seconds:
+                raise UnfinishedError(
+                    [
+                        f"{blocks - len(done)} of {blocks} blocks of the other processes have not "
+                        f"come for {timeout_seconds:.0f} s: start those processes again (all with "
+                        f"--processes={self._processes})"
+                    ]
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def wait_until_gone(self, timeout_seconds: float) -> None:
+        """The others wait here until process 0 has made the result whole."""
+        header = self._folder / "header.json"
+        _wait(lambda: not header.exists(), timeout_seconds, "process 0 has not finished")
+
+    def remove(self) -> None:
+        """The result is whole: nothing of the journal stays."""
+        (self._folder / "header.json").unlink(missing_ok=True)
+        self._folder.rmtree(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets another command go on."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        if not self._local:
+            return
+        self._lock = open(self._folder / f"lock.{self._process}", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UnfinishedError(
+                [f"another command is at work ({self._folder}): wait for it, or stop it"]
+            ) from None
+
+    def _read(self, process: int) -> dict[int, dict]:
+        path = self._folder / f"blocks.{process}.jsonl"
+        if not path.exists():
+            return {}
+        found = {}
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # torn by a kill: the block counts as not written
+            found[line["block"]] = line
+        return found
+
+
+def _ends_with_newline(path: os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def _write(path: epath.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def _wait(condition: Callable[[], bool], timeout_seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise UnfinishedError([f"{otherwise} within {timeout_seconds:.0f} s"])
+        time.sleep(_POLL_SECONDS)
+
+
+def identity(path: str | Path) -> str:
+    """A digest of what a local source consists of: names, sizes and times of its files."""
+    if "://" in str(path):
+        return str(path)
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    listed = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
