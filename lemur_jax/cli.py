@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
 
     parity = command("convert parity", _parity, "compare two models and say what is the matter")
-    parity.add_argument("a", metavar="A", help="trusted model, of any format; the reference runs it")
+    parity.add_argument(
+        "a", metavar="A", help="trusted model, of any format; the reference runs it"
+    )
     parity.add_argument(
         "b", metavar="B", nargs="?", help="our code runs it; none: judge A by itself and by a text"
     )

@@ -32,7 +32,9 @@ _RIVAL = 3.0  # standard errors: a mistake that is no worse than this explains i
 _LEARNT = 0.5  # nats per token below the uniform distribution, or the model knows nothing
 _ROUNDS = 3
 _MIN_TOKENS, _MAX_TOKENS = 192, 1024
-_OPERATIONS = 2e14  # of one pass: about an hour of four cores, measured at 50 GFLOP/s; 70B needs more
+_OPERATIONS = (
+    2e14  # of one pass: about an hour of four cores, measured at 50 GFLOP/s; 70B needs more
+)
 
 PASSAGE = '''\
 The river rises in the hills to the north of the town and runs slowly through the fields. In the
@@ -140,7 +142,7 @@ def _values(leaf: str, layer: int, array: np.ndarray) -> Iterator[Finding]:
     if largest > 1e5 * max(usual, 1e-30):
         row, column = np.unravel_index(int(np.abs(wide).argmax()), wide.shape)
         what = (
-            f"has {float(wide[row, column]):.3g} in [{row}, {column}], where the largest element of "
+            f"has {float(wide[row, column]):.3g} in [{row}, {column}], where the largest of "
             f"a row is usually {usual:.2g}: a flipped bit"
         )
         yield Finding("bit_flip", leaf, layer, what, "copy the file again")
@@ -238,15 +240,15 @@ def _nothing_better(tried: list[Candidate], means, nats, uniform: float, again: 
         ]
     if margin >= _MARGIN and means[near] < uniform - _LEARNT:
         return [
-            f"undecided: {more}the text costs {means[0]:.3f} nats/token (uniform {uniform:.2f}); if "
-            f"{name(tried[near])}, {means[near]:.3f}, but that is {sure:.1f} standard errors and "
+            f"undecided: {more}the text costs {means[0]:.3f} nats/token (uniform {uniform:.2f}); "
+            f"if {name(tried[near])}, {means[near]:.3f}, but that is {sure:.1f} standard errors and "
             f"{_SURE} are wanted: give a longer --text"
         ]
     alike = [name(tried[i]) for i in order if abs(means[i] - means[0]) < _MARGIN][:6]
     lines = [
         f"{more}the text costs {means[0]:.3f} nats/token (uniform {uniform:.2f}); none of "
-        f"{len(order)} mistakes tried makes it likelier by {_MARGIN} (closest: {name(tried[near])}, "
-        f"{means[near]:.3f})"
+        f"{len(order)} mistakes tried makes it likelier by {_MARGIN} (closest: "
+        f"{name(tried[near])}, {means[near]:.3f})"
     ]
     if alike:
         lines.append(f"undecided by this text, it makes no difference: {'; '.join(alike)}")
@@ -264,6 +266,8 @@ def _progress(weights: Weights) -> Callable[[int], None]:
     def show(layer: int) -> None:
         if sys.stderr.isatty():
             end = "\n" if layer == weights.config.layers - 1 else ""
-            print(f"\rtext: layer {layer + 1} of {weights.config.layers} ", end=end, file=sys.stderr)
+            print(
+                f"\rtext: layer {layer + 1} of {weights.config.layers} ", end=end, file=sys.stderr
+            )
 
     return show

@@ -20,6 +20,7 @@ from lemur_jax.convert.parity.logits import Divergence, divergences
 from lemur_jax.convert.parity.operations import explain
 from lemur_jax.convert.parity.ours import Ours, exact
 from lemur_jax.convert.parity.reference import GRAPH, Reference
+from lemur_jax.convert.parity.transformers_layer import TransformersLayer
 from lemur_jax.convert.parity.weights import Weights
 
 # Two correct float32 evaluations differ in the order of their sums. Measured on healthy models the
@@ -58,6 +59,7 @@ class LayerResult:
       ops: in order of computation.
       whole: the layer as the model runs it, on the same hidden states.
       logits: the divergence at the head, of the two outputs.
+      theirs: transformers' layer on the same hidden states; None when it was not asked for.
       notes: what explains an operation that diverges though the weights agree.
     """
 
@@ -65,6 +67,7 @@ class LayerResult:
     ops: list[OpError]
     whole: OpError | None = None
     logits: Divergence | None = None
+    theirs: OpError | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -72,6 +75,8 @@ class LayerResult:
         """The first operation whose error rounding does not explain."""
         if (op := next((op for op in self.ops if op.diverges), None)) is not None:
             return op.name
+        if self.theirs is not None and self.theirs.diverges:
+            return "transformers"
         return "residual" if self.whole is not None and self.whole.diverges else None
 
 
@@ -135,6 +140,7 @@ def compare(
     *,
     tokens: int = 16,
     each_layer: Callable[[int], None] = lambda layer: None,
+    transformers: bool = False,
 ) -> Comparison:
     """Runs both models in step.
 
@@ -143,14 +149,17 @@ def compare(
       b: run by our code. Must have a's shapes.
       tokens: of each of the two rows.
       each_layer: called before each layer with its number.
+      transformers: also run A's layers through transformers.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # B may hold inf: that is to be reported
-        return _compare(a, b, tokens, each_layer)
+        return _compare(a, b, tokens, each_layer, transformers)
 
 
-def _compare(a, b, tokens, each_layer) -> Comparison:
+def _compare(a, b, tokens, each_layer, transformers) -> Comparison:
     positions_BT = sample_positions(a.config, tokens)
     run = _Run(a, b, positions_BT)
+    if transformers:
+        run.theirs = TransformersLayer(a, positions_BT)
     layers = [run.embed(sample_tokens(a.config, positions_BT.shape))]
     outputs = []  # of the reference and of ours on the same input: [2, B, T, E] for each layer
     for layer in range(a.config.layers):
@@ -177,6 +186,7 @@ class _Run:
         self.rounded = Reference(a.config, np.concatenate([positions_BT] * 3), np.float32)
         with exact():
             self.ours = Ours(b.config, positions_BT)
+        self.theirs: TransformersLayer | None = None
 
     def _round(self, weight, leaf):
         """A's weight as B could store it: a narrower dtype is no fault."""
@@ -214,10 +224,15 @@ class _Run:
                 if ops[-1].diverges and (note := explain(self.truth, name, inputs, mine, *weights)):
                     notes.append(f"{name}: {note}")
             mine = self.ours.layer(np.concatenate([self.x, self.own]).astype(np.float32))
+            self.ours.drop()
         mine, self.own = np.split(mine, 2)
+        theirs = None
+        if self.theirs is not None:
+            out = self.theirs(self.x, layer)
+            theirs = _error("transformers", out, values["out"], runs["out"][0])
         self.x, self.near = values["out"], runs["out"][1]
         whole = _error("layer", mine, self.x, runs["out"][0])
-        return LayerResult(layer, ops, whole, notes=notes), np.stack([self.x, mine])
+        return LayerResult(layer, ops, whole, theirs=theirs, notes=notes), np.stack([self.x, mine])
 
     def finish(self, outputs_L2BTE, layers) -> Comparison:
         """The final norm, and everything that needs the head."""

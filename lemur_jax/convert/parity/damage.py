@@ -8,6 +8,7 @@ import numpy as np
 from lemur_jax.convert.parity.finding import Finding
 
 FLOAT16_MAX = 65504.0
+EXPLAINED = 0.9  # of the sampled elements must agree; the rest is looked at one by one
 _KEPT = 64  # differing elements that are looked at one by one
 
 

@@ -7,6 +7,7 @@ operations on given inputs, so that an error can be told from an error that was 
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,14 @@ class Ours:
         self.like = jax.eval_shape(functools.partial(Block, self.config), jax.random.key(0))
         self.block = None
 
-    def load(self, flat: dict[str, np.ndarray]) -> None:
-        """Takes the weights of one layer, by name in the block, in any dtype."""
-        self.block = None  # the layer before goes first: one is resident at a time
-        arrays = {}
-        for name in list(flat):
-            arrays[name] = jnp.asarray(flat.pop(name))
+    def load(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Takes the weights of one layer, (name in the block, array of any dtype) pairs."""
+        arrays = {name: jnp.asarray(array) for name, array in weights}
         self.block = param.unflatten(self.like, arrays)
+
+    def drop(self) -> None:
+        """Lets go of the layer: one is resident at a time."""
+        self.block = None
 
     def layer(self, x_BTE: np.ndarray) -> np.ndarray:
         """The layer as the model runs it; rows of x are this object's rows, once or repeated."""

@@ -245,7 +245,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, positions_BT) -> tuple[
 
 
 def _yarn(rope: RopeConfig, inverse, head_dim):
-    """arXiv:2309.00071: a ramp over pairs, between those that turn beta_fast and beta_slow times."""
+    """arXiv:2309.00071: a ramp over pairs, between those turning beta_fast and beta_slow times."""
 
     def pair(turns):
         wave = rope.original_max_positions / (turns * 2 * math.pi)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.parity import alone, configs, diagnose
+from lemur_jax.convert.model import open_source
+from lemur_jax.convert.parity import alone, configs, diagnose, places, vocabulary
 from lemur_jax.convert.parity.compare import Comparison, compare
 from lemur_jax.convert.parity.finding import Finding, Sentence, sentences
 from lemur_jax.convert.parity.unreadable import lost_tensors
-from lemur_jax.convert.model import open_source
 from lemur_jax.convert.parity.weights import Weights, of_source, tensor_bytes
 
 GIB = 2**30
@@ -50,6 +50,8 @@ def parity(
     *,
     tokens: int = 16,
     text: str | Path | None = None,
+    transformers: bool = False,
+    max_positions: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Report:
     """Compares two models layer by layer and says what is the matter.
@@ -60,6 +62,8 @@ def parity(
         and the weights are judged by themselves and by a text, with no twin to compare with.
       tokens: of each of two rows, at positions up to twice the model's length.
       text: file whose likelihood judges a model without a twin; None takes a passage of ours.
+      transformers: run A's layers through transformers too, which must be installed.
+      max_positions: of Meta's format, which does not say it.
       say: takes each line of the report.
 
     Raises:
@@ -67,15 +71,15 @@ def parity(
     """
     if tokens < _MIN_TOKENS:
         raise ConversionError([f"tokens={tokens} is too few: give at least {_MIN_TOKENS}"])
-    first = _open(a)
-    second = first if b is None or Path(b) == Path(a) else _open(b)
+    first = _open(a, max_positions)
+    second = first if b is None or Path(b) == Path(a) else _open(b, max_positions)
     for line in plan(first, second, tokens):
         say(line)
     found = list(configs.differences(first.config, second.config))
     comparable = configs.same_structure(first.config, second.config)
     comparison = None
     if comparable:
-        comparison, more = _stream(first, second, tokens)
+        comparison, more = _stream(first, second, tokens, transformers)
         found += more
     if b is None:
         found += alone.judge(first, text, say)
@@ -88,9 +92,11 @@ def parity(
     return report
 
 
-def _stream(a: Weights, b: Weights, tokens: int) -> tuple[Comparison, list[Finding]]:
+def _stream(
+    a: Weights, b: Weights, tokens: int, transformers: bool
+) -> tuple[Comparison, list[Finding]]:
     found: list[Finding] = []
-    sketches = diagnose.Sketches()
+    sketches = places.Sketches()
     begun = time.monotonic()
 
     def each_layer(layer: int) -> None:
@@ -101,21 +107,20 @@ def _stream(a: Weights, b: Weights, tokens: int) -> tuple[Comparison, list[Findi
             eta = f", {left / 60:.0f} min left" if layer else ""
             print(f"\rlayer {layer + 1} of {a.config.layers}{eta} ", end="", file=sys.stderr)
 
-    comparison = compare(a, b, tokens=tokens, each_layer=each_layer)
+    comparison = compare(a, b, tokens=tokens, each_layer=each_layer, transformers=transformers)
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if a is b:
         return comparison, found
-    found = diagnose.place_layers(found, sketches)
-    return comparison, [*found, *diagnose.diagnose_vocabulary(a, b)]
+    found = places.place_layers(found, sketches)
+    return comparison, [*found, *vocabulary.diagnose_vocabulary(a, b)]
 
 
-def _open(path: str | Path) -> Weights:
+def _open(path: str | Path, max_positions: int | None) -> Weights:
     try:
-        return of_source(open_source(path))
+        return of_source(open_source(path, max_positions=max_positions))
     except ConversionError as error:
-        lost = lost_tensors(path)
-        raise ConversionError([*error.problems, *lost]) from error
+        raise ConversionError([*error.problems, *lost_tensors(path)]) from error
 
 
 # ---------------------------------------------------------------------------------------------
@@ -190,11 +195,14 @@ def _table(comparison: Comparison) -> list[str]:
             f"{name:>9} {whole.max_abs:>9.1e} {whole.budget:>9.1e} {kl:>9}  "
             f"{wrong or result.first_diverging or '-'}"
         )
+        if result.theirs is not None and result.theirs.diverges:
+            out.append(f"{'':>9} transformers' layer is {result.theirs.max_abs:.1e} off")
         out += [f"{'':>9} {note}" for note in result.notes]
-    for what, d in (
-        ("A and B", comparison.final),
-        ("A in float64 and float32", comparison.rounding),
-    ):
+    if theirs := [r.theirs for r in comparison.layers if r.theirs is not None]:
+        worst = max(theirs, key=lambda op: op.max_abs / max(op.budget, 1e-300))
+        out.append(f"transformers' layers: max abs {worst.max_abs:.1e}, budget {worst.budget:.1e}")
+    pairs = (("A and B", comparison.final), ("A in float64 and float32", comparison.rounding))
+    for what, d in pairs:
         out.append(
             f"final logits, {what}: max abs {d.max_abs:.2e}, KL {d.kl:.2e} nats (worst token "
             f"{d.kl_max:.2e}), same first choice {d.same_choice:.0%}"

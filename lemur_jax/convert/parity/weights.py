@@ -4,6 +4,7 @@ The reference and the diagnosis speak HF's names and layout whatever the source,
 as "q_proj is interleaved" means the same for every format; our own code gets our layout.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,12 +68,11 @@ class Weights:
             parts.append(rows[run - run[0]])
         return np.concatenate(parts)[inverse.reshape(ids.shape)]
 
-    def layer(self, layer: int) -> dict[str, np.ndarray]:
-        """The weights of a layer in our layout, by name inside the block ("wq")."""
-        return {
-            leaf.removeprefix(LAYERS): np.ascontiguousarray(self.source.read(leaf, layer))
-            for leaf in self.layer_leaves
-        }
+    def layer(self, layer: int) -> Iterator[tuple[str, np.ndarray]]:
+        """The weights of a layer in our layout, by name inside the block ("wq"), one at a time."""
+        for leaf in self.layer_leaves:
+            array = np.ascontiguousarray(self.source.read(leaf, layer))
+            yield leaf.removeprefix(LAYERS), array
 
     def nbytes(self) -> int:
         """Of all weights as stored."""
