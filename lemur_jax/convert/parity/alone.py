@@ -241,8 +241,8 @@ def _nothing_better(tried: list[Candidate], means, nats, uniform: float, again: 
     if margin >= _MARGIN and means[near] < uniform - _LEARNT:
         return [
             f"undecided: {more}the text costs {means[0]:.3f} nats/token (uniform {uniform:.2f}); "
-            f"if {name(tried[near])}, {means[near]:.3f}, but that is {sure:.1f} standard errors and "
-            f"{_SURE} are wanted: give a longer --text"
+            f"if {name(tried[near])}, {means[near]:.3f}, but only by {sure:.1f} standard errors, "
+            f"and {_SURE} are wanted: give a longer --text"
         ]
     alike = [name(tried[i]) for i in order if abs(means[i] - means[0]) < _MARGIN][:6]
     lines = [

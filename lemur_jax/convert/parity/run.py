@@ -149,7 +149,8 @@ def peak_bytes(a: Weights, b: Weights, tokens: int) -> int:
     largest = max(a.layer_leaves, key=lambda leaf: tensor_bytes(a, leaf))
     stored = tensor_bytes(a, largest)
     elements = stored // a.dtype(largest).itemsize
-    computing = layer + 2 * stored + 2 * 4 * elements
+    widened = 4 * elements if a.dtype(largest).itemsize < 4 else stored
+    computing = layer + stored * 3 // 2 + widened
     diagnosing = 3 * stored if a is not b else 0
     states = 2 * 2 * tokens * a.config.embed * 8 * (2 * a.config.layers + 40)
     return _BASE_BYTES + max(computing, diagnosing) + states

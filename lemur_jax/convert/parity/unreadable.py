@@ -6,7 +6,8 @@ Reads headers only and trusts nothing in them: whatever is odd is left to the re
 import json
 from pathlib import Path
 
-from lemur_jax.convert import safetensors
+from lemur_jax.convert import safetensors, tables
+from lemur_jax.convert.hf_config import config_from_hf
 
 _SHOWN = 4
 
@@ -28,7 +29,23 @@ def lost_tensors(path: str | Path) -> list[str]:
         elif file in weight_map.values():
             names = [name for name, where in weight_map.items() if where == file]
             lost.append(f"{file} is missing; it held {_listed(names)}: download it again")
-    return lost
+    return lost + _transposed(directory)
+
+
+def _transposed(directory: Path) -> list[str]:
+    """Tensors whose shape is that of the config, backwards."""
+    try:
+        config = config_from_hf(json.loads((directory / "config.json").read_text()))
+        headers = [safetensors.read_header(path) for path in directory.glob("*.safetensors")]
+    except (OSError, ValueError):  # ConversionError is a ValueError: the reader has said it
+        return []
+    shapes = {name: tensor.shape for header in headers for name, tensor in header.items()}
+    return [
+        f"{name} is stored transposed: {list(shapes[name])}, not {list(shape)}: transpose it"
+        for rule in tables.hf_llama(config)
+        for name in rule.source_names(config)
+        if (shape := rule.their_shape(config)) != shapes.get(name) == shape[::-1]
+    ]
 
 
 def _cut_short(path: Path) -> list[str]:

@@ -61,7 +61,10 @@ def _vocabulary(a: Weights, b: Weights, leaf: str) -> Iterator[Finding]:
         """A's rows where B should have them; B's own where the shift has no source."""
         ids = np.arange(start, stop)
         source = np.where(ids >= first, ids - shift, ids)
-        inside = (source >= 0) & (source < rows)
+        new = (ids >= first) & (ids < first + shift)  # rows that were put in
+        inside = (source >= 0) & (source < rows) & ~new
+        if not inside.any():
+            return b.rows(leaf, start, stop)
         low, high = source[inside].min(), source[inside].max() + 1
         result = b.rows(leaf, start, stop).astype(a.dtype(leaf))
         result[inside] = a.rows(leaf, int(low), int(high))[source[inside] - low]
