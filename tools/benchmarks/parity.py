@@ -4,9 +4,9 @@
     python tools/benchmarks/parity.py DIR [--layers=2] [--tokens=16] [--sparse] [--fault]
 
 Writes two Hugging Face checkpoints with the shapes of Llama-2-70B in bfloat16 (1.6 GiB a layer,
-1 GiB besides) into DIR, unless they are there, and compares them in a process of its own, whose largest
-resident memory is the kernel's (getrusage). --sparse writes files of holes, all zeros, so that all
-80 layers cost no disk; --fault permutes k_proj of B with 64 heads in place of 8.
+1 GiB besides) into DIR, unless they are there, and compares them in a process of its own, whose
+largest resident memory is the kernel's (getrusage). --sparse writes files of holes, all zeros, so
+that all 80 layers cost no disk; --fault permutes k_proj of B with 64 heads in place of 8.
 """
 
 import argparse

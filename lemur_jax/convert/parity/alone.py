@@ -28,6 +28,7 @@ from lemur_jax.convert.parity.weights import Weights
 # forty candidates tried, one in 10^4 healthy models would pass 4.5 by chance.
 _MARGIN = 0.02
 _SURE = 4.5
+_OUTLIER = 1e3  # times the usual largest of a row: a flipped top exponent bit makes 2^16 and more
 _RIVAL = 3.0  # standard errors: a mistake that is no worse than this explains it as well
 _LEARNT = 0.5  # nats per token below the uniform distribution, or the model knows nothing
 _ROUNDS = 3
@@ -139,7 +140,7 @@ def _values(leaf: str, layer: int, array: np.ndarray) -> Iterator[Finding]:
         yield Finding("zeros", leaf, layer, what, again)
     largest = float(np.abs(wide).max())
     usual = float(np.median(np.abs(wide).max(axis=1)))
-    if largest > 1e5 * max(usual, 1e-30):
+    if largest > _OUTLIER * max(usual, 1e-30):
         row, column = np.unravel_index(int(np.abs(wide).argmax()), wide.shape)
         what = (
             f"has {float(wide[row, column]):.3g} in [{row}, {column}], where the largest of "
@@ -191,40 +192,45 @@ def by_text(weights: Weights, tokens_T: np.ndarray) -> Verdict:
     """Mistakes that a text speaks for, one after another until it speaks for no more."""
     cure, found, lines = AS_IT_IS, [], []
     uniform = math.log(weights.config.vocab_size)
+    tried = [AS_IT_IS, *candidates(weights.config)]
     for _ in range(_ROUNDS):
-        tried = [AS_IT_IS, *candidates(weights.config)]
         nats = losses(weights, tokens_T, [cure + each for each in tried], _progress(weights))
         means = nats.mean(axis=1)
         best = int(means.argmin())
         margin, sure = _gain(nats[0], nats[best])
         if best == 0 or margin < _MARGIN or sure < _SURE:
             lines += _nothing_better(tried, means, nats, uniform, bool(found))
-            return Verdict(found, lines)
-        rivals = [
-            i
-            for i in np.argsort(means)
-            if i not in (0, best) and _gain(nats[i], nats[best])[1] < _RIVAL and means[i] < means[0]
-        ]
+            break
         chosen = tried[best]
         lines.append(
             f"{name(chosen)}: the text costs {means[best]:.3f} nats/token in place of "
             f"{means[0]:.3f} ({sure:.0f} standard errors over {nats.shape[1]} tokens; uniform "
             f"{uniform:.2f})"
         )
-        if means[best] > uniform - _LEARNT:
-            lines.append("undecided: even so the model knows nothing of the text; nothing is named")
-            return Verdict(found, lines)
+        rivals = _rivals(nats, means, best)
         if rivals:
             lines += [f"or {name(tried[i])}: {means[i]:.3f}" for i in rivals]
             names = "; or ".join(name(tried[i]) for i in (best, *rivals))
             what = f"is wrong, and the text cannot tell in which way: {names}"
             found.append(Finding("ambiguous", "one thing", None, what, "give a longer --text"))
-            return Verdict(found, lines)
+            break
         what = f"{chosen.what} (judged by a text alone, {sure:.0f} standard errors)"
         layers = range(weights.config.layers) if chosen.subject.startswith("layers/") else [None]
         found += [Finding(chosen.kind, chosen.subject, i, what, chosen.fix) for i in layers]
         cure = cure + chosen
+    if found and means.min() > uniform - _LEARNT:
+        lines.append("undecided: even so the model knows nothing of the text; nothing is named")
+        found = []
     return Verdict(found, lines)
+
+
+def _rivals(nats: np.ndarray, means: np.ndarray, best: int) -> list[int]:
+    """Candidates that explain the text about as well as the best."""
+    return [
+        int(i)
+        for i in np.argsort(means)
+        if i not in (0, best) and means[i] < means[0] and _gain(nats[i], nats[best])[1] < _RIVAL
+    ]
 
 
 def _nothing_better(tried: list[Candidate], means, nats, uniform: float, again: bool) -> list[str]:

@@ -117,7 +117,7 @@ def sample_positions(config: ModelConfig, tokens: int) -> np.ndarray:
 
 def _spread(end: int, tokens: int) -> np.ndarray:
     near = tokens // 4
-    far = tokens // 2
+    far = tokens // 4
     between = np.geomspace(near + 1, end - far - 1, tokens - near - far).astype(int)
     between = np.maximum.accumulate(between)
     chosen = sorted({*range(near), *between.tolist(), *range(end - far, end)})
