@@ -288,6 +288,16 @@ class OpenArray:
         """The shape of what is read as one."""
         return tuple(self._store.chunk_layout.read_chunk.shape)
 
+    @property
+    def plain_directory(self) -> str | None:
+        """Where each chunk is a local file of bare bytes, named by its numbers (0.1.0); else None:
+        Orbax's database, compression, or an object store."""
+        where = self._store.kvstore.spec().to_json()
+        bare = self._store.spec().to_json()["metadata"]["compressor"] is None
+        if where.get("driver") != "file" or not bare:
+            return None
+        return str(self._item_dir / self._name)
+
     def read(self, region: Sequence[slice]) -> np.ndarray:
         """A part, one slice for each axis.
 

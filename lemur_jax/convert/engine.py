@@ -24,11 +24,11 @@ from lemur_jax.convert.journal import Journal
 from lemur_jax.convert.model import Source
 from lemur_jax.convert.plan import WORKERS, Block, Plan
 from lemur_jax.convert.progress import progress
+from lemur_jax.convert.stored import contiguous
 from lemur_jax.convert.targets import Leaf, Target
 from lemur_jax.convert.turn import (
     CastError,
     cast_block,
-    contiguous,
     vocabulary_axis,
     without_padding,
 )

@@ -1,5 +1,7 @@
 """A checkpoint of ours, opened as a Source: parts of its arrays through TensorStore."""
 
+import itertools
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +12,14 @@ import numpy as np
 from lemur_jax import checkpoint
 from lemur_jax.config import ModelConfig, model_config
 from lemur_jax.convert.cast import cast, check_dtype
+from lemur_jax.convert.disk import aligned_empty
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain, of_chunks
 from lemur_jax.convert.model import Index, region_of
 from lemur_jax.convert.recognise import step_directory
 from lemur_jax.convert.safetensors import numpy_dtype
 from lemur_jax.convert.small_files import HF_DIR, TOKENIZER_DIR
-from lemur_jax.convert.stored import Shape
+from lemur_jax.convert.stored import Region, Shape, StoredTensor, shape_of
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
 
@@ -63,7 +66,13 @@ class OurSource:
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """As Source."""
         region, squeezed = region_of(index, self.shape(name))
-        array = self._open(name).read(region)
+        opened = self._open(name)
+        directory = opened.plain_directory
+        if directory is None:
+            array = opened.read(region)
+        else:
+            stored = numpy_dtype(self.manifest.arrays[PREFIX + name].dtype)
+            array = _read_files(Path(directory), stored, opened.chunks, region)
         return cast(array, self.dtype(name), name)[squeezed]
 
     def grain(self, name: str) -> Grain:
@@ -93,6 +102,37 @@ class OurSource:
                 self.step_dir, stored, self.manifest.arrays[stored], self.context
             )
         return self.opened[name]
+
+
+def _read_files(directory: Path, dtype: np.dtype, chunks: Shape, region: Region) -> np.ndarray:
+    """A region out of chunks that are files: as TensorStore would, without its copies.
+
+    Raises:
+      CheckpointError: a file is missing or too short.
+    """
+    first = [part.start // size for part, size in zip(region, chunks)]
+    last = [-(-part.stop // size) for part, size in zip(region, chunks)]
+    out = None
+    for index in itertools.product(*(range(a, b) for a, b in zip(first, last))):
+        inside, place = [], []
+        for number, size, wanted in zip(index, chunks, region):
+            low, high = max(wanted.start, number * size), min(wanted.stop, (number + 1) * size)
+            inside.append(slice(low - number * size, high - number * size))
+            place.append(slice(low - wanted.start, high - wanted.start))
+        path = directory / ".".join(map(str, index))
+        nbytes = math.prod(chunks) * dtype.itemsize
+        try:
+            part = StoredTensor(path, path.name, chunks, dtype, ((0, nbytes),)).read(tuple(inside))
+        except (OSError, ConversionError) as error:
+            raise checkpoint.CheckpointError(
+                f"unreadable checkpoint: {error}. Use another checkpoint, or copy this one again "
+                "from where it came"
+            ) from error
+        if part.shape == shape_of(region):
+            return part
+        out = aligned_empty(shape_of(region), dtype) if out is None else out
+        out[tuple(place)] = part
+    return aligned_empty(shape_of(region), dtype) if out is None else out
 
 
 def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:

@@ -14,7 +14,7 @@ from lemur_jax.convert.model import Source
 from lemur_jax.convert.stored import Region
 from lemur_jax.convert.targets import Leaf, Target
 
-USUAL_BLOCK_BYTES = 64 << 20  # large enough for the disk, small enough for four at a time
+USUAL_BLOCK_BYTES = 32 << 20  # a chunk of a checkpoint; large enough for any disk
 RESERVE_BYTES = 320 << 20  # of libraries that load later, headers, journal, chunks in flight
 COPIES = 4  # of a block: as read, in our order, cast or padded, on its way to the disk
 WORKERS = 4

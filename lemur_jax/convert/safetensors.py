@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lemur_jax.convert.disk import PAGE
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.json_file import json_text
 from lemur_jax.convert.stored import StoredTensor
@@ -223,7 +224,7 @@ def _shard_file(path: Path, shard: Sequence[Planned]) -> ShardFile:
             "data_offsets": offsets[-2:],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned
+    text += b" " * (-(8 + len(text)) % PAGE)  # data starts at a page: it is written directly
     start = 8 + len(text)
     placed = tuple(
         StoredTensor(path, t.name, t.shape, t.dtype, ((start + at, t.nbytes),))

@@ -19,11 +19,12 @@ from etils import epath
 from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig, ModelConfig
 from lemur_jax.convert import easylm, grain, msgpack_stream, safetensors, tables
+from lemur_jax.convert.disk import DiskFile
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.ours import PREFIX
 from lemur_jax.convert.rules import Rule
-from lemur_jax.convert.stored import Region, Shape, StoredTensor
+from lemur_jax.convert.stored import Region, Shape, StoredTensor, contiguous
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
 from lemur_jax.sharding import MESH_AXES, spec
@@ -104,7 +105,7 @@ class FilesTarget:
         self._rules: dict[str, list[Rule]] = {}
         for rule in rules:
             self._rules.setdefault(rule.ours, []).append(rule)
-        self._open: dict[Path, int] = {}
+        self._open: dict[Path, DiskFile] = {}
         self._touched: set[Path] = set()
         self._lock = threading.Lock()
         self.total_bytes = sum(file.size for file in files)
@@ -116,11 +117,10 @@ class FilesTarget:
     def prepare(self) -> None:
         """As Target."""
         for file in self._files:
-            with open(file.path, "ab"):
-                os.truncate(file.path, file.size)
-            descriptor = self._descriptor(file.path)
+            opened = self._file(file.path)
+            os.truncate(file.path, file.size)
             for offset, data in file.between:
-                os.pwrite(descriptor, data, offset)
+                opened.write(memoryview(data), offset)
         self.sync()
 
     def write(self, name: str, region: Region, array: np.ndarray) -> None:
@@ -137,26 +137,26 @@ class FilesTarget:
         with self._lock:
             touched = [self._open[path] for path in self._touched if path in self._open]
             self._touched.clear()
-        for descriptor in touched:
-            os.fdatasync(descriptor)
+        for file in touched:
+            file.sync()
 
     def close(self) -> None:
         """Releases the files."""
         self.sync()
-        for descriptor in self._open.values():
-            os.close(descriptor)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def _write_one(self, rule: Rule, theirs: str, region: Region, array: np.ndarray) -> None:
         part = rule.part(region, self._config)
         tensor = self._tensors[theirs]
-        tensor.write(self._descriptor(tensor.path), part.theirs, part.to_theirs(array))
+        tensor.write(self._file(tensor.path), part.theirs, part.to_theirs(array))
 
-    def _descriptor(self, path: Path) -> int:
+    def _file(self, path: Path) -> DiskFile:
         with self._lock:
             self._touched.add(path)
             if path not in self._open:
-                self._open[path] = os.open(path, os.O_WRONLY)
+                self._open[path] = DiskFile(path)
             return self._open[path]
 
 
@@ -234,6 +234,7 @@ class ChunksTarget:
         self.chunks = {leaf.name: _chunks(leaf, shards) for leaf in leaves}
         self._context = checkpoint.slice_context()
         self._stores: dict[str, Any] = {}
+        self._local = "://" not in str(step_dir)
         self.total_bytes = sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
     def grain(self, name: str) -> Grain:
@@ -244,23 +245,56 @@ class ChunksTarget:
         """As Target."""
         pending = {
             name: checkpoint.create_array(
-                self._item_dir, PREFIX + name, leaf.shape, leaf.dtype, self.chunks[name],
+                self._item_dir,
+                PREFIX + name,
+                leaf.shape,
+                leaf.dtype,
+                self.chunks[name],
                 self._context,
             )
             for name, leaf in self._leaves.items()
-        }  # fmt: skip
+        }
         self._stores = {name: future.result() for name, future in pending.items()}
 
     def write(self, name: str, region: Region, array: np.ndarray) -> None:
-        """As Target."""
-        store = self._stores[name][tuple(region)]
-        store.write(array, can_reference_source_data_indefinitely=True).result()
+        """As Target. On a local disk a chunk is a file, which needs no encoding and no copy."""
+        if not self._local:
+            store = self._stores[name][tuple(region)]
+            store.write(array, can_reference_source_data_indefinitely=True).result()
+            return
+        chunks = self.chunks[name]
+        for part in grain.regions(array.shape, chunks):
+            numbers = [
+                (whole.start + inside.start) // size
+                for whole, inside, size in zip(region, part, chunks)
+            ]
+            path = f"{self._item_dir}/{PREFIX}{name}/{'.'.join(map(str, numbers))}"
+            self._write_file(path, _filled(array[part], chunks))
 
     def sync(self) -> None:
-        """As Target: TensorStore returns from a write when its file is on the disk."""
+        """As Target: a block is on the disk when its write returns."""
 
     def close(self) -> None:
         """Nothing is held open."""
+
+    def _write_file(self, path: str, array: np.ndarray) -> None:
+        array = contiguous(array)
+        file = DiskFile(path)
+        try:
+            file.write(memoryview(array.reshape(-1).view(np.uint8)), 0)
+            os.truncate(path, array.nbytes)  # a leftover of a kill may be longer
+            file.sync()
+        finally:
+            file.close()
+
+
+def _filled(array: np.ndarray, chunk: Shape) -> np.ndarray:
+    """A chunk at the end of an axis is as large as any other; zeros lie behind the array."""
+    if array.shape == chunk:
+        return array
+    whole = np.zeros(chunk, array.dtype)
+    whole[tuple(slice(0, size) for size in array.shape)] = array
+    return whole
 
 
 def shard_shapes(config: ModelConfig, mesh: MeshConfig) -> dict[str, Shape]:

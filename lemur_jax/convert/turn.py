@@ -7,23 +7,7 @@ import numpy as np
 
 from lemur_jax.convert.cast import cast
 
-_LINE_BYTES = 64  # of a processor's cache: what a turned row is written in
 _PIECE = 1 << 20  # elements whose error is taken at a time
-
-
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """The same array in C order; itself if it is. A transposed one is turned in narrow strips,
-    which is two to three times as fast as numpy's own copy."""
-    if array.flags.c_contiguous or array.ndim == 0:
-        return np.ascontiguousarray(array)
-    out = np.empty(array.shape, array.dtype)
-    step = max(1, _LINE_BYTES // array.itemsize)
-    if array.strides[-1] == array.itemsize:  # its rows are whole: numpy copies them well
-        out[...] = array
-        return out
-    for first in range(0, array.shape[-1], step):
-        out[..., first : first + step] = array[..., first : first + step]
-    return out
 
 
 @dataclasses.dataclass

@@ -14,8 +14,8 @@ from lemur_jax.convert.hf_config import COMPUTATION
 from lemur_jax.convert.model import Source, open_source
 from lemur_jax.convert.plan import COPIES, RESERVE_BYTES, USUAL_BLOCK_BYTES, resident_bytes
 from lemur_jax.convert.progress import progress
-from lemur_jax.convert.stored import Region
-from lemur_jax.convert.turn import contiguous, vocabulary_axis
+from lemur_jax.convert.stored import Region, contiguous
+from lemur_jax.convert.turn import vocabulary_axis
 
 _SHOWN = 12  # differing tensors that are named
 

@@ -9,6 +9,7 @@ import pytest
 import tiny_hf
 
 from lemur_jax.convert import safetensors
+from lemur_jax.convert.disk import DiskFile
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.stored import whole
 
@@ -31,10 +32,10 @@ def put(directory, arrays, max_shard_bytes):
     for file in files:
         file.path.write_bytes(file.header)
         os.truncate(file.path, file.size)
-        descriptor = os.open(file.path, os.O_WRONLY)
+        opened = DiskFile(file.path)
         for tensor in reversed(file.tensors):  # any order
-            tensor.write(descriptor, whole(tensor.shape), arrays[tensor.name])
-        os.close(descriptor)
+            tensor.write(opened, whole(tensor.shape), arrays[tensor.name])
+        opened.close()
 
 
 def test_reads_what_the_package_writes(tmp_path):
