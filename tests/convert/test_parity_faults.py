@@ -418,6 +418,31 @@ def test_models_of_different_structure(good, tmp_path):
     assert report.comparison is None and not report.same
 
 
+@pytest.mark.parametrize("order", ["tile", "repeat"])
+def test_kv_heads_written_several_times(good, tmp_path, order):
+    """Red if the two orders are exchanged."""
+
+    def expand(w, c):
+        groups = HEADS // KV_HEADS
+        for name in every("self_attn.k_proj") + every("self_attn.v_proj"):
+            heads = w[name].view(KV_HEADS, HEAD_DIM, -1)
+            if order == "tile":
+                heads = heads.repeat(groups, 1, 1)
+            else:
+                heads = heads.repeat_interleave(groups, 0)
+            w[name] = heads.reshape(HEADS * HEAD_DIM, -1)
+        c["num_key_value_heads"] = HEADS
+
+    right, other = damaged(good, tmp_path, expand)
+    report = parity(right, other, say=lambda line: None)
+    heads = [s for s in report.findings if s.subject.startswith("layers/")]
+    assert [s.subject for s in heads] == ["layers/wk", "layers/wv"]
+    assert {(s.kind, s.fault, s.layers) for s in heads} == {
+        ("tiled_heads", True, ALL) if order == "tile" else ("expanded_heads", False, ALL)
+    }
+    assert not report.same  # the config says another number of heads
+
+
 def test_too_few_tokens(good):
     """Red if 4 tokens are taken though positions cannot be spread over them."""
     with pytest.raises(ConversionError, match="tokens=4 is too few: give at least 8"):

@@ -32,7 +32,7 @@ _OUTLIER = 1e3  # times the usual largest of a row: a flipped top exponent bit m
 _RIVAL = 3.0  # standard errors: a mistake that is no worse than this explains it as well
 _LEARNT = 0.5  # nats per token below the uniform distribution, or the model knows nothing
 _ROUNDS = 3
-_MIN_TOKENS, _MAX_TOKENS = 192, 1024
+_MIN_TOKENS, _MAX_TOKENS = 128, 1024
 _OPERATIONS = (
     2e14  # of one pass: about an hour of four cores, measured at 50 GFLOP/s; 70B needs more
 )

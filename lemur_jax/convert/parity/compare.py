@@ -161,7 +161,7 @@ def _compare(a, b, tokens, each_layer, transformers) -> Comparison:
     if transformers:
         run.theirs = TransformersLayer(a, positions_BT)
     layers = [run.embed(sample_tokens(a.config, positions_BT.shape))]
-    outputs = []  # of the reference and of ours on the same input: [2, B, T, E] for each layer
+    outputs = []  # of the reference and of ours on the same input, normed: [2,B,T,E]
     for layer in range(a.config.layers):
         each_layer(layer)
         result, pair = run.layer(layer)
@@ -180,7 +180,7 @@ class _Run:
     """
 
     def __init__(self, a: Weights, b: Weights, positions_BT):
-        self.a, self.b = a, b
+        self.a, self.b, self.norm = a, b, a.tensor("norm")
         self.truth = Reference(a.config, positions_BT, np.float64)
         # Three runs at once: on the truth's inputs of each operation, of the layer, of the model.
         self.rounded = Reference(a.config, np.concatenate([positions_BT] * 3), np.float32)
@@ -201,7 +201,7 @@ class _Run:
         return LayerResult(-1, [_error("embedding", self.own, self.x, self.near)])
 
     def layer(self, layer: int):
-        """One layer of both; the outputs [2,B,T,E] of reference and ours on the same input."""
+        """One layer of both, and what A's head will read of the two outputs on the same input."""
         with exact():
             self.ours.load(self.b.layer(layer))
             values, ops, notes = {"x": self.x}, [], []
@@ -232,20 +232,27 @@ class _Run:
             theirs = _error("transformers", out, values["out"], runs["out"][0])
         self.x, self.near = values["out"], runs["out"][1]
         whole = _error("layer", mine, self.x, runs["out"][0])
-        return LayerResult(layer, ops, whole, theirs=theirs, notes=notes), np.stack([self.x, mine])
+        return LayerResult(layer, ops, whole, theirs=theirs, notes=notes), self._at_the_head(
+            [self.x, mine]
+        )
+
+    def _at_the_head(self, outputs) -> np.ndarray:
+        """What A's final norm makes of a layer's outputs [2,B,T,E]: float32, kept to the end."""
+        return np.stack([self.truth.norm(x.astype(np.float64), self.norm) for x in outputs]).astype(
+            np.float32
+        )
 
     def finish(self, outputs_L2BTE, layers) -> Comparison:
         """The final norm, and everything that needs the head."""
         a, b = self.a, self.b
-        norm, norm_32 = a.tensor("norm"), self._round(a.tensor("norm"), "norm")
+        norm, norm_32 = self.norm, self._round(self.norm, "norm")
         same = self.truth.norm(self.x, norm)
         near, near_own = (
             self.rounded.norm(x.astype(np.float32), norm_32) for x in (self.x, self.near)
         )
         with exact():
             mine, own = (self.ours.final_norm(x, b.tensor("norm")) for x in (self.x, self.own))
-        states = [self.truth.norm(part.astype(np.float64), norm) for part in outputs_L2BTE]
-        found = divergences(a, b, self.ours, states, same, own, near_own, self._round)
+        found = divergences(a, b, self.ours, outputs_L2BTE, same, own, near_own, self._round)
         for result, divergence in zip(layers[1:], found.layers, strict=True):
             result.logits = divergence
         budget = SLACK * found.head_rounding + _FLOOR * found.head_largest

@@ -50,9 +50,8 @@ def losses(
 
 def _layer(weights, layer, models, states) -> list[np.ndarray]:
     values = [{"x": x} for x in states]
-    for name in GRAPH:
-        if name == "scores":
-            continue
+    steps = [name for name in GRAPH if name != "scores"]
+    for step, name in enumerate(steps):
         tensors = []
         for leaf in models[0].leaves(name):
             known = leaf in weights.rules
@@ -61,6 +60,9 @@ def _layer(weights, layer, models, states) -> list[np.ndarray]:
         for model, mine in zip(models, values):
             inputs = [mine[i] for i in model.inputs(name)]
             mine[name] = model.compute(name, inputs, *tensors)
+            needed = {"out"}.union(*(model.inputs(later) for later in steps[step + 1 :]))
+            for done in set(mine) - needed:
+                del mine[done]  # the results of all candidates together are the largest thing here
     return [mine["out"] for mine in values]
 
 

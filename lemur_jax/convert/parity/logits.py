@@ -94,7 +94,7 @@ def divergences(a: Weights, b: Weights, ours: Ours, states, same, own, near, as_
     Args:
       a, b: the models.
       ours: our code, for B's logits.
-      states: for each layer the normed outputs [2,B,T,E] of reference and ours: A's head on both.
+      states: for each layer the normed outputs [2,B,T,E], float32, of reference and ours.
       same: the reference's final normed states [B,T,E], float64.
       own: B's final normed states by our code [B,T,E].
       near: A's final normed states by the reference in float32 [B,T,E].
@@ -110,7 +110,7 @@ def divergences(a: Weights, b: Weights, ours: Ours, states, same, own, near, as_
         rows_a, rows_b = (m.rows(leaf, start, stop) for m, leaf in zip((a, b), leaves))
         wide = rows_a.astype(np.float32)  # once for all layers
         for total, part in zip(layered, states):
-            total.add(*product(part.astype(np.float32), wide))
+            total.add(*product(part, wide))
         del wide
         truth = product(same, rows_a)
         both = np.concatenate([same, near]).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.model import open_source
-from lemur_jax.convert.parity import alone, configs, diagnose, places, vocabulary
+from lemur_jax.convert.parity import alone, configs, diagnose, expanded, places, vocabulary
 from lemur_jax.convert.parity.compare import Comparison, compare
 from lemur_jax.convert.parity.finding import Finding, Sentence, sentences
 from lemur_jax.convert.parity.unreadable import lost_tensors
@@ -81,6 +81,8 @@ def parity(
     if comparable:
         comparison, more = _stream(first, second, tokens, transformers)
         found += more
+    elif expanded.is_expansion(first.config, second.config):
+        found += expanded.diagnose_expansion(first, second)
     if b is None:
         found += alone.judge(first, text, say)
     layers = first.config.layers
@@ -152,7 +154,7 @@ def peak_bytes(a: Weights, b: Weights, tokens: int) -> int:
     widened = 4 * elements if a.dtype(largest).itemsize < 4 else stored
     computing = layer + stored * 3 // 2 + widened
     diagnosing = 3 * stored if a is not b else 0
-    states = 2 * 2 * tokens * a.config.embed * 8 * (2 * a.config.layers + 40)
+    states = 2 * 2 * tokens * a.config.embed * 4 * (a.config.layers + 100)
     return _BASE_BYTES + max(computing, diagnosing) + states
 
 
