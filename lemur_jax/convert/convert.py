@@ -195,6 +195,8 @@ class _Job:
             )  # fmt: skip
             if not first:
                 journal.wait_until_gone(options.timeout_seconds)
+                if not os.path.exists(self._result()) and not self.remote:
+                    raise UnfinishedError([f"process 0 has given up {self.destination}: see there"])
                 return self._result()
             lines = journal.all_done(len(self.plan.blocks), options.timeout_seconds)
             found = engine.tally(self.plan, lines)

@@ -194,10 +194,11 @@ def _wait(condition: Callable[[], bool], timeout_seconds: float, otherwise: str)
 
 
 def identity(path: str | Path) -> str:
-    """A digest of what a local source consists of: names, sizes and times of its files."""
+    """A digest of what a local source consists of: names, sizes and times of its files. Of a
+    checkpoint of ours these are the manifest's and the small files': it has all digests."""
     if "://" in str(path):
         return str(path)
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     listed = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]

@@ -142,9 +142,42 @@ def contiguous(array: np.ndarray) -> np.ndarray:
         out[...] = array
         return out
     step = max(1, _LINE_BYTES // array.itemsize)
+    matrix = _matrix(array)
+    if matrix is not None:
+        _turn_pairs(matrix, out.reshape(matrix.shape))
+        return out
     for first in range(0, array.shape[-1], step):
         out[..., first : first + step] = array[..., first : first + step]
     return out
+
+
+def _matrix(array: np.ndarray) -> np.ndarray | None:
+    """`array` as a matrix, if that is the transpose of whole rows of 2-byte elements, even both
+    ways; else None."""
+    first = next((axis for axis, size in enumerate(array.shape) if size > 1), 0)
+    try:
+        matrix = np.reshape(array, (array.shape[first], -1), copy=False)
+    except ValueError:
+        return None
+    rows = array.itemsize == 2 and matrix.strides[0] == 2
+    even = not (matrix.shape[0] % 2 or matrix.shape[1] % 2 or matrix.strides[1] % 4)
+    return matrix if rows and even else None
+
+
+def _turn_pairs(array: np.ndarray, out: np.ndarray) -> None:
+    """out[...] = array, two elements at a time: numpy moves words of 4 bytes twice as fast.
+
+    Two rows of the source and two of its columns are a square of four elements: what lies side by
+    side in it comes to lie one below the other.
+    """
+    source, target = array.T.view(np.uint32), out.view(np.uint32)
+    low, high, bits = np.uint32(0xFFFF), np.uint32(0xFFFF0000), np.uint32(16)
+    step = 2 * _LINE_BYTES // 4
+    for first in range(0, len(source), step):
+        upper, lower = source[first : first + step : 2], source[first + 1 : first + step : 2]
+        columns = slice(first // 2, first // 2 + len(upper))
+        target[0::2, columns] = ((upper & low) | (lower << bits)).T
+        target[1::2, columns] = ((upper >> bits) | (lower & high)).T
 
 
 def _bytes_of(array: np.ndarray) -> memoryview:
