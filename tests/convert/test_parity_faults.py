@@ -3,13 +3,14 @@
 import json
 
 import pytest
-from hf_models import TINY, edit_json, make
+from hf_models import TINY, edit_json, make, torch
 from parity_faults import (
     ALL,
     FAULTS,
     HEAD_DIM,
     HEADS,
     KV_HEADS,
+    LAYERS,
     SHAPE,
     WORDS,
     damaged,
@@ -196,6 +197,55 @@ def test_kv_heads_written_several_times(good, tmp_path, order):
         ("tiled_heads", True, ALL) if order == "tile" else ("expanded_heads", False, ALL)
     }
     assert not report.same  # the config says another number of heads
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_added_tokens_are_no_fault(good, tmp_path, shifted):
+    """Red if models of different vocabularies are not compared, or rows put in front pass."""
+
+    def grow(w, c):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            new = torch.zeros(4, w[name].shape[1])
+            w[name] = torch.cat([new, w[name]] if shifted else [w[name], new])
+        c["vocab_size"] += 4
+
+    right, grown = damaged(good, tmp_path, grow)
+    report = parity(right, grown, tokens=8, say=lambda line: None)
+    expected = [("shifted_rows", "table", ()), ("shifted_rows", "head", ())] if shifted else []
+    assert faults(report) == expected
+    assert report.same is not shifted
+    back = parity(grown, right, tokens=8, say=lambda line: None)
+    assert ("vocab_size", "vocab_size", ()) in faults(back)
+
+
+def test_a_head_that_is_tied_or_not(tmp_path):
+    """Red if an untied copy of the table is a fault, or a tied head that differs is none."""
+    make(tmp_path / "tied", **SHAPE, tie_word_embeddings=True)
+
+    def untie(w, c):
+        w["lm_head.weight"] = w["model.embed_tokens.weight"].clone()
+        c["tie_word_embeddings"] = False
+
+    tied, untied = damaged(tmp_path / "tied", tmp_path / "same", untie)
+    report = parity(tied, untied, tokens=8, say=lambda line: None)
+    assert report.same and [s.kind for s in report.findings] == ["tie_word_embeddings"]
+    assert not parity(untied, tied, tokens=8, say=lambda line: None).same
+
+    def other_head(w, c):
+        untie(w, c)
+        w["lm_head.weight"] = w["lm_head.weight"].flip(1)
+
+    report = parity(*damaged(tied, tmp_path / "other", other_head), tokens=8, say=lambda line: None)
+    assert [s.subject for s in report.findings if s.fault] == ["head"]
+    assert report.comparison.first_diverging == (LAYERS, "head")
+
+
+def test_a_reference_that_overflows_is_said(good, tmp_path):
+    """Red if A's own NaN is blamed on B without a word."""
+    _, bad = damaged(good, tmp_path, not_a_number)
+    lines = []
+    assert not parity(bad, bad, tokens=8, say=lines.append).same
+    assert "note: A's own result is not finite from 'v' of layer 0 on" in lines
 
 
 def test_too_few_tokens(good):

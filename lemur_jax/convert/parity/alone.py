@@ -25,7 +25,7 @@ from lemur_jax.convert.parity.likelihood import losses
 from lemur_jax.convert.parity.weights import Weights
 
 # Nats per token by which a text must become likelier, and in how many standard errors: with some
-# forty candidates tried, one in 10^4 healthy models would pass 4.5 by chance.
+# forty candidates tried, one in 7000 healthy models would pass 4.5 if errors were normal.
 _MARGIN = 0.02
 _SURE = 4.5
 _OUTLIER = 1e3  # times the usual largest of a row: a flipped top exponent bit makes 2^16 and more

@@ -95,6 +95,15 @@ class Comparison:
     rounding: Divergence
 
     @property
+    def first_not_finite(self) -> tuple[int, str] | None:
+        """(layer, operation) in which the reference itself meets NaN or infinity."""
+        for result in self.layers:
+            for op in result.ops:
+                if not np.isfinite(op.largest):
+                    return result.layer, op.name
+        return None
+
+    @property
     def first_diverging(self) -> tuple[int, str] | None:
         """(layer, operation) of the first divergence, None if all is rounding."""
         for result in self.layers:
@@ -127,10 +136,10 @@ def _spread(end: int, tokens: int) -> np.ndarray:
     return np.array(sorted(chosen), np.int64)
 
 
-def sample_tokens(config: ModelConfig, shape: tuple[int, int]) -> np.ndarray:
+def sample_tokens(vocabulary: int, shape: tuple[int, int]) -> np.ndarray:
     """Token ids over the whole vocabulary, its first and last row among them."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape)
-    tokens[:, 0], tokens[:, 1] = 0, config.vocab_size - 1
+    tokens = np.random.default_rng(0).integers(0, vocabulary, shape)
+    tokens[:, 0], tokens[:, 1] = 0, vocabulary - 1
     return tokens
 
 
@@ -146,7 +155,7 @@ def compare(
 
     Args:
       a: trusted; run by the reference.
-      b: run by our code. Must have a's shapes.
+      b: run by our code. Must have a's shapes, but for the rows of the vocabulary.
       tokens: of each of the two rows.
       each_layer: called before each layer with its number.
       transformers: also run A's layers through transformers.
@@ -160,7 +169,9 @@ def _compare(a, b, tokens, each_layer, transformers) -> Comparison:
     run = _Run(a, b, positions_BT)
     if transformers:
         run.theirs = TransformersLayer(a, positions_BT)
-    layers = [run.embed(sample_tokens(a.config, positions_BT.shape))]
+    layers = [
+        run.embed(sample_tokens(min(m.config.vocab_size for m in (a, b)), positions_BT.shape))
+    ]
     outputs = []  # of the reference and of ours on the same input, normed: [2,B,T,E]
     for layer in range(a.config.layers):
         each_layer(layer)

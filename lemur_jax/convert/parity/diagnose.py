@@ -5,6 +5,7 @@ agrees best is then compared in full, so that a second fault inside the same ten
 Nothing is guessed: a tensor that no hypothesis explains is reported as that.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from lemur_jax.convert.parity.weights import Weights
 
 STEP_ELEMENTS = 2**23  # of a tensor compared at a time
 _SAMPLED_ROWS = 96
+_DAMAGE = ("bit_flip", "zeros", "not_finite", "damaged")
 
 Rows = Callable[[np.ndarray], np.ndarray]
 
@@ -46,7 +48,11 @@ def diagnose_layer(a: Weights, b: Weights, layer: int, sketches: Sketches) -> It
                 if other != leaf and a.shape(other) == a.shape(leaf):
                     yield other, matrix(a.tensor(other, layer))
 
-        yield from diagnose_tensor(leaf, layer, right, found, a.config, others)
+        for finding in diagnose_tensor(leaf, layer, right, found, a.config, others):
+            if finding.kind in _DAMAGE:  # one place, one file: it is worth knowing which
+                where = b.source.where(leaf, (layer,))
+                finding = dataclasses.replace(finding, fix=f"{finding.fix} ({where})")
+            yield finding
 
 
 def diagnose_tensor(leaf, layer, right, found, config, others=lambda: ()) -> Iterator[Finding]:

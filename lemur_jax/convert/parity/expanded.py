@@ -5,12 +5,13 @@ Llama's query head h reads kv head h // G, so an expanded k holds each head G ti
 wrong head.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from lemur_jax.config import ModelConfig
-from lemur_jax.convert.parity import damage
+from lemur_jax.convert.parity import configs, damage
 from lemur_jax.convert.parity.damage import EXPLAINED
 from lemur_jax.convert.parity.finding import Finding
 from lemur_jax.convert.parity.weights import Weights
@@ -20,8 +21,7 @@ _LEAVES = ("layers/wk", "layers/wv", "layers/bk", "layers/bv")
 
 def is_expansion(a: ModelConfig, b: ModelConfig) -> bool:
     """Whether B has A's sizes but for a multiple of its kv heads."""
-    same = ("vocab_size", "embed", "mlp", "layers", "heads", "head_dim", "attention_bias")
-    alike = all(getattr(a, name) == getattr(b, name) for name in same)
+    alike = configs.same_structure(a, dataclasses.replace(b, kv_heads=a.kv_heads))
     return alike and b.kv_heads > a.kv_heads and b.kv_heads % a.kv_heads == 0
 
 

@@ -100,21 +100,21 @@ def divergences(a: Weights, b: Weights, ours: Ours, states, same, own, near, as_
       near: A's final normed states by the reference in float32 [B,T,E].
       as_b: (weight, leaf) -> A's weight as B could store it.
     """
-    leaves = ["table" if model.config.tie_embeddings else "head" for model in (a, b)]
+    vocabulary = min(a.config.vocab_size, b.config.vocab_size)
     step = max(1, _BLOCK_ELEMENTS // a.config.embed)
     layered = [OnlineKL(part.shape[1:-1]) for part in states]
     final, rounding = OnlineKL(same.shape[:-1]), OnlineKL(same.shape[:-1])
     head_error = head_rounding = largest = 0.0
-    for start in range(0, a.config.vocab_size, step):
-        stop = min(start + step, a.config.vocab_size)
-        rows_a, rows_b = (m.rows(leaf, start, stop) for m, leaf in zip((a, b), leaves))
+    for start in range(0, vocabulary, step):
+        stop = min(start + step, vocabulary)
+        rows_a, rows_b = (model.rows("head", start, stop) for model in (a, b))
         wide = rows_a.astype(np.float32)  # once for all layers
         for total, part in zip(layered, states):
             total.add(*product(part, wide))
         del wide
         truth = product(same, rows_a)
         both = np.concatenate([same, near]).astype(np.float32)
-        narrow, narrow_own = np.split(product(both, as_b(rows_a, leaves[1])), 2)
+        narrow, narrow_own = np.split(product(both, as_b(rows_a, "head")), 2)
         with exact():
             mine, free = np.split(ours.logits(np.concatenate([same, own]), rows_b), 2)
         final.add(truth, free)

@@ -163,6 +163,10 @@ def lines(report: Report) -> list[str]:
     out = []
     if report.comparison is not None:
         out += _table(report.comparison)
+        if (where := report.comparison.first_not_finite) is not None:
+            out.append(
+                f"note: A's own result is not finite from {where[1]!r} of layer {where[0]} on"
+            )
     for sentence in report.findings:
         word = "FAULT" if sentence.fault else "note"
         out.append(f"{word}: {sentence.text}" + (f". Fix: {sentence.fix}" if sentence.fix else ""))

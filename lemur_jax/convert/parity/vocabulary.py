@@ -16,7 +16,7 @@ from lemur_jax.convert.parity.diagnose import (
 from lemur_jax.convert.parity.finding import Finding, short_name
 from lemur_jax.convert.parity.weights import Weights
 
-_SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)  # rows
+_SHIFTS = tuple(sign * rows for rows in range(1, 9) for sign in (1, -1))
 
 
 def diagnose_vocabulary(a: Weights, b: Weights) -> Iterator[Finding]:
@@ -25,19 +25,18 @@ def diagnose_vocabulary(a: Weights, b: Weights) -> Iterator[Finding]:
         "norm", None, matrix(a.tensor("norm")), matrix(b.tensor("norm")), a.config
     )
     for leaf in ("table", "head"):
-        if leaf in a.rules and leaf in b.rules and a.shape(leaf) == b.shape(leaf):
-            yield from _vocabulary(a, b, leaf)
+        if leaf == "table" or not (a.tied and b.tied):
+            yield from _vocabulary(a, b, leaf, min(a.config.vocab_size, b.config.vocab_size))
 
 
-def _vocabulary(a: Weights, b: Weights, leaf: str) -> Iterator[Finding]:
-    rows = a.shape(leaf)[0]
+def _vocabulary(a: Weights, b: Weights, leaf: str, rows: int) -> Iterator[Finding]:
     indices = sample_rows(rows)
     sample, right = b.take(leaf, indices), a.take(leaf, indices)
     moved = damage.close(right, sample).mean(axis=1) < 0.5  # rows out of place
-    shift = _shift(a, leaf, indices[moved], sample[moved]) if moved.any() else 0
+    shift = _shift(a, leaf, indices[moved], sample[moved], rows) if moved.any() else 0
     if moved.mean() > 0.95 and not shift:
         other = "head" if leaf == "table" else "table"
-        if other in a.rules and damage.agree(a.take(other, indices), sample).mean() > EXPLAINED:
+        if not a.tied and damage.agree(a.take(other, indices), sample).mean() > EXPLAINED:
             what, fix = f"holds the rows of {short_name(other)}", "exchange them, or untie them"
             yield Finding("exchanged", leaf, None, what, fix)
         else:
@@ -45,7 +44,7 @@ def _vocabulary(a: Weights, b: Weights, leaf: str) -> Iterator[Finding]:
         return
     first = 0
     if shift:
-        first = _first_moved(a, b, leaf, shift)
+        first = _first_moved(a, b, leaf, rows)
         many = "one row" if abs(shift) == 1 else f"{abs(shift)} rows"
         since = f" from row {first} on" if first else ""
         belongs = f"row i {'-+'[shift < 0]} {abs(shift)}"
@@ -75,9 +74,8 @@ def _vocabulary(a: Weights, b: Weights, leaf: str) -> Iterator[Finding]:
     yield from damage.findings(harm, leaf, None, (a.dtype(leaf), b.dtype(leaf)))
 
 
-def _shift(a: Weights, leaf: str, indices: np.ndarray, sample: np.ndarray) -> int:
+def _shift(a: Weights, leaf: str, indices: np.ndarray, sample: np.ndarray, rows: int) -> int:
     """By how many rows the rows `sample` of B are out of place; 0 if by none tried."""
-    rows = a.shape(leaf)[0]
     for shift in _SHIFTS:
         inside = (indices >= shift) & (indices - shift < rows)
         if inside.any():
@@ -87,14 +85,14 @@ def _shift(a: Weights, leaf: str, indices: np.ndarray, sample: np.ndarray) -> in
     return 0
 
 
-def _first_moved(a: Weights, b: Weights, leaf: str, shift: int) -> int:
+def _first_moved(a: Weights, b: Weights, leaf: str, rows: int) -> int:
     """The row from which on B's rows are shifted, by bisection."""
 
     def moved(row: int) -> bool:
         found = b.rows(leaf, row, row + 1)
         return damage.close(a.rows(leaf, row, row + 1), found).mean() < 0.5
 
-    low, high = 0, a.shape(leaf)[0] - 1
+    low, high = 0, rows - 1
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if moved(middle) else (middle + 1, high)

@@ -45,8 +45,13 @@ class Weights:
         return self.rules[leaf].their_shape(self.config)
 
     def dtype(self, leaf: str) -> np.dtype:
-        """In which a leaf is stored."""
-        return self.source.dtype(leaf)
+        """In which a leaf is stored; "head" of a tied model is its table."""
+        return self.source.dtype("table" if self.tied and leaf == "head" else leaf)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the table."""
+        return self.config.tie_embeddings
 
     def tensor(self, leaf: str, layer: int | None = None) -> np.ndarray:
         """One stored tensor, [out, in], [rows, in] or [features], in its stored dtype."""
@@ -54,9 +59,9 @@ class Weights:
 
     def rows(self, leaf: str, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of the table or the head: [stop - start, E]."""
-        if leaf == "head":
+        if leaf == "head" and not self.tied:
             return self.source.read(leaf, (slice(None), slice(start, stop))).T
-        return self.source.read(leaf, slice(start, stop))
+        return self.source.read("table", slice(start, stop))
 
     def take(self, leaf: str, ids: np.ndarray) -> np.ndarray:
         """Rows of the table or the head in any order: [*ids.shape, E]."""
