@@ -146,6 +146,15 @@ def test_a_missing_shard_is_named_with_its_tensors(capsys, good, sharded):
     assert all(name in error for name in names[:1])
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 10**5, "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1e999}}']
+)
+def test_an_odd_index_is_one_clear_error(capsys, good, sharded, content):
+    """Red if `_ODD` is OSError alone: a traceback in place of the reader's own message."""
+    (sharded / "model.safetensors.index.json").write_text(content)
+    assert "Traceback" not in refused(capsys, good, sharded)
+
+
 def test_a_tensor_stored_with_its_axes_exchanged(capsys, good, tmp_path):
     """Red if a reversed shape is not recognised."""
     make(tmp_path / "wide")  # 32 x 48

@@ -125,14 +125,12 @@ def sample_positions(config: ModelConfig, tokens: int) -> np.ndarray:
 
 
 def _spread(end: int, tokens: int) -> np.ndarray:
-    near = tokens // 4
-    far = tokens // 4
+    near = far = tokens // 4
     between = np.geomspace(near + 1, end - far - 1, tokens - near - far).astype(int)
-    between = np.maximum.accumulate(between)
-    chosen = sorted({*range(near), *between.tolist(), *range(end - far, end)})
-    spare = (p for p in range(end) if p not in set(chosen))
-    while len(chosen) < tokens:
-        chosen.append(next(spare))
+    chosen = {*range(near), *between.tolist(), *range(end - far, end)}
+    spare = (position for position in range(end) if position not in chosen)
+    while len(chosen) < tokens:  # rounding made two of them one
+        chosen.add(next(spare))
     return np.array(sorted(chosen), np.int64)
 
 

@@ -10,24 +10,30 @@ from lemur_jax.convert import safetensors, tables
 from lemur_jax.convert.hf_config import config_from_hf
 
 _SHOWN = 4
+_INDEXES = (safetensors.INDEX, "pytorch_model.bin.index.json")
+# Whatever reading a damaged header or index raises.
+_ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+_ODD += (OverflowError, RecursionError)
 
 
 def lost_tensors(path: str | Path) -> list[str]:
     """A line for each weight file of a Hugging Face directory that is not there, or not whole."""
     directory = Path(path)
-    try:
-        index = json.loads((directory / safetensors.INDEX).read_text())
-        weight_map = {str(k): str(v) for k, v in index["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        weight_map = {}
+    held: dict[str, list[str]] = {safetensors.SINGLE: []}
+    for index in _INDEXES:
+        try:
+            weight_map = json.loads((directory / index).read_text())["weight_map"]
+            for name, file in weight_map.items():
+                held.setdefault(str(file), []).append(str(name))
+        except _ODD:
+            continue
     lost = []
-    for file in sorted(set(weight_map.values()) | {safetensors.SINGLE}):
+    for file, names in sorted(held.items()):
         if Path(file).name != file:
             continue
         if (directory / file).is_file():
-            lost += _cut_short(directory / file)
-        elif file in weight_map.values():
-            names = [name for name, where in weight_map.items() if where == file]
+            lost += _cut_short(directory / file) if file.endswith(".safetensors") else []
+        elif names:
             lost.append(f"{file} is missing; it held {_listed(names)}: download it again")
     return lost + _transposed(directory)
 
@@ -37,7 +43,7 @@ def _transposed(directory: Path) -> list[str]:
     try:
         config = config_from_hf(json.loads((directory / "config.json").read_text()))
         headers = [safetensors.read_header(path) for path in directory.glob("*.safetensors")]
-    except (OSError, ValueError):  # ConversionError is a ValueError: the reader has said it
+    except _ODD:  # the reader has said it; its ConversionError is a ValueError
         return []
     shapes = {name: tensor.shape for header in headers for name, tensor in header.items()}
     return [
@@ -61,7 +67,7 @@ def _cut_short(path: Path) -> list[str]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except _ODD:
         return []
     names = [name for name, end in ends.items() if end > size]
     if not names:
