@@ -63,19 +63,24 @@ def test_the_first_operation_that_differs(good, tmp_path):
 
 
 def test_a_healthy_pair_has_no_fault(good, tmp_path, capsys):
-    """Red if `_FLOOR` and SLACK are 0, or rounding to another dtype counts as a fault."""
+    """Red if SLACK is 0.01, or `_round` leaves out dtypes as wide (float16 to bfloat16)."""
     assert cli.main(["convert", "parity", str(good), str(good), "--tokens=8"]) == 0
     out = capsys.readouterr().out
     assert "plan: 4 layers" in out and "verdict: the same" in out and "FAULT" not in out
 
-    def as_bfloat16(w, c):
-        w |= {name: tensor.bfloat16() for name, tensor in w.items()}
-        c["dtype"] = "bfloat16"
+    def as_dtype(name):
+        def cast(w, c):
+            w |= {key: tensor.to(getattr(torch, name)) for key, tensor in w.items()}
+            c["dtype"] = name
 
-    right, rounded = damaged(good, tmp_path, as_bfloat16)
-    assert cli.main(["convert", "parity", str(right), str(rounded), "--tokens=8"]) == 0
-    out = capsys.readouterr().out
-    assert "note: dtype of the weights is bfloat16" in out and "FAULT" not in out
+        return cast
+
+    _, half = damaged(good, tmp_path / "float16", as_dtype("float16"))
+    for right, to in ((good, "bfloat16"), (half, "bfloat16"), (half, "float32")):
+        _, other = damaged(right, tmp_path / f"{right.name}_{to}", as_dtype(to))
+        assert cli.main(["convert", "parity", str(right), str(other), "--tokens=8"]) == 0
+        out = capsys.readouterr().out
+        assert f"note: dtype of the weights is {to}" in out and "FAULT" not in out
 
 
 def test_rounding_through_another_dtype_is_a_note(good, tmp_path):

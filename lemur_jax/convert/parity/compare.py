@@ -198,58 +198,59 @@ class _Run:
         self.theirs: TransformersLayer | None = None
 
     def _round(self, weight, leaf):
-        """A's weight as B could store it: a narrower dtype is no fault."""
-        if weight is None or self.b.dtype(leaf).itemsize >= weight.dtype.itemsize:
-            return weight
-        with np.errstate(over="ignore"):
-            return weight.astype(self.b.dtype(leaf))
+        """A's weight as B could store it: another dtype is no fault."""
+        return None if weight is None else _as_stored(weight, self.b.dtype(leaf))
 
     def embed(self, tokens_BT) -> LayerResult:
-        self.x, self.own = (_lookup(model, tokens_BT) for model in (self.a, self.b))
-        self.near = _lookup(self.a, tokens_BT, self.b.dtype("table"))
+        """The hidden states in front of the first layer, of both."""
+        rows = self.a.take("table", tokens_BT)
+        self.x, self.own = (m.take("table", tokens_BT).astype(np.float64) for m in (self.a, self.b))
+        self.near = self._round(rows, "table").astype(np.float64)
         return LayerResult(-1, [_error("embedding", self.own, self.x, self.near)])
 
     def layer(self, layer: int):
         """One layer of both, and what A's head will read of the two outputs on the same input."""
+        result = LayerResult(layer, [])
+        values = {"x": self.x}
+        runs = {"x": np.stack([self.x, self.near])}  # float32: of the layer, of the model
         with exact():
             self.ours.load(self.b.layer(layer))
-            values, ops, notes = {"x": self.x}, [], []
-            runs = {"x": np.stack([self.x, self.near])}  # float32: of the layer, of the model
-            for name, wanted in GRAPH.items():
-                inputs = [values[i] for i in wanted]
-                leaves = self.truth.leaves(name)
-                weights = [_maybe(self.a, leaf, layer) for leaf in leaves]
-                values[name] = self.truth.compute(name, inputs, *weights)
-                weights = [self._round(w, leaf) for w, leaf in zip(weights, leaves)]
-                stacked = [
-                    np.concatenate([values[i].astype(np.float32)[None], runs[i]]) for i in wanted
-                ]
-                flat = [array.reshape(-1, *array.shape[2:]) for array in stacked]
-                near = self.rounded.compute(name, flat, *weights)
-                near = near.reshape(3, -1, *near.shape[1:])
-                runs[name] = near[1:]
-                mine = self.ours.compute(name, inputs)
-                ops.append(_error(name, mine, values[name], near[0]))
-                if ops[-1].diverges and (note := explain(self.truth, name, inputs, mine, *weights)):
-                    notes.append(f"{name}: {note}")
+            for name in GRAPH:
+                self._operation(name, layer, values, runs, result)
             mine = self.ours.layer(np.concatenate([self.x, self.own]).astype(np.float32))
             self.ours.drop()
         mine, self.own = np.split(mine, 2)
-        theirs = None
+        result.whole = _error("layer", mine, values["out"], runs["out"][0])
         if self.theirs is not None:
             out = self.theirs(self.x, layer)
-            theirs = _error("transformers", out, values["out"], runs["out"][0])
+            result.theirs = _error("transformers", out, values["out"], runs["out"][0])
         self.x, self.near = values["out"], runs["out"][1]
-        whole = _error("layer", mine, self.x, runs["out"][0])
-        return LayerResult(layer, ops, whole, theirs=theirs, notes=notes), self._at_the_head(
-            [self.x, mine]
-        )
+        return result, self._at_the_head(np.stack([self.x, mine]))
 
-    def _at_the_head(self, outputs) -> np.ndarray:
+    def _operation(self, name: str, layer: int, values, runs, result: LayerResult) -> None:
+        """One operation, four times: truth, float32 thrice, ours. Adds to the last three."""
+        wanted = GRAPH[name]
+        inputs = [values[i] for i in wanted]
+        weights = [
+            self.a.tensor(leaf, layer) if leaf in self.a.rules else None
+            for leaf in self.truth.leaves(name)
+        ]
+        values[name] = self.truth.compute(name, inputs, *weights)
+        weights = [self._round(w, leaf) for w, leaf in zip(weights, self.truth.leaves(name))]
+        stacked = [np.concatenate([values[i].astype(np.float32)[None], runs[i]]) for i in wanted]
+        flat = [array.reshape(-1, *array.shape[2:]) for array in stacked]
+        near = self.rounded.compute(name, flat, *weights)
+        near = near.reshape(3, -1, *near.shape[1:])
+        runs[name] = near[1:]
+        mine = self.ours.compute(name, inputs)
+        result.ops.append(_error(name, mine, values[name], near[0]))
+        if result.ops[-1].diverges:
+            note = explain(self.truth, name, inputs, mine, *weights)
+            result.notes += [f"{name}: {note}"] if note else []
+
+    def _at_the_head(self, outputs_2BTE) -> np.ndarray:
         """What A's final norm makes of a layer's outputs [2,B,T,E]: float32, kept to the end."""
-        return np.stack([self.truth.norm(x.astype(np.float64), self.norm) for x in outputs]).astype(
-            np.float32
-        )
+        return self.truth.norm(outputs_2BTE.astype(np.float64), self.norm).astype(np.float32)
 
     def finish(self, outputs_L2BTE, layers) -> Comparison:
         """The final norm, and everything that needs the head."""
@@ -270,17 +271,12 @@ class _Run:
         return Comparison([*layers, last], found.final, found.rounding)
 
 
-def _maybe(weights: Weights, leaf: str | None, layer: int):
-    return weights.tensor(leaf, layer) if leaf in weights.rules else None
-
-
-def _lookup(model: Weights, tokens_BT, dtype=None) -> np.ndarray:
-    """Rows of the table [B,T,E] float64; the table may not fit in memory."""
-    rows = model.take("table", tokens_BT)
-    if dtype is not None and dtype.itemsize < rows.dtype.itemsize:
-        with np.errstate(over="ignore"):
-            rows = rows.astype(dtype)
-    return rows.astype(np.float64)
+def _as_stored(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in another dtype, unless that is wider and holds it as it is."""
+    if dtype == array.dtype or dtype.itemsize > array.dtype.itemsize:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
 
 
 def _max_abs(x, y) -> float:
