@@ -33,9 +33,7 @@ _RIVAL = 3.0  # standard errors: a mistake that is no worse than this explains i
 _LEARNT = 0.5  # nats per token below the uniform distribution, or the model knows nothing
 _ROUNDS = 3
 _MIN_TOKENS, _MAX_TOKENS = 128, 1024
-_OPERATIONS = (
-    2e14  # of one pass: about an hour of four cores, measured at 50 GFLOP/s; 70B needs more
-)
+_OPERATIONS = 2e14  # of one pass: an hour at 50 GFLOP/s; a 70B model needs more
 
 PASSAGE = '''\
 The river rises in the hills to the north of the town and runs slowly through the fields. In the
@@ -99,6 +97,9 @@ def judge(weights: Weights, text: str | Path | None, say: Callable[[str], None])
     except ConfigError as error:
         say(f"alone: no text can be judged, so nothing is said about what only it shows: {error}")
         return found
+    tried = len(candidates(weights.config))
+    work = 2 * _parameters(weights) * tried * len(tokens)
+    say(f"alone: plan: {tried} mistakes on {len(tokens)} tokens, {work:.0e} operations a fault")
     verdict = by_text(weights, tokens)
     for line in verdict.lines:
         say(f"alone: {line}")
@@ -177,10 +178,14 @@ def _tokens(weights: Weights, text: str | Path | None) -> np.ndarray:
 
 def _length(weights: Weights) -> int:
     """How many tokens of the text are used."""
-    parameters = sum(int(np.prod(weights.shape(leaf))) for leaf in weights.layer_leaves)
-    parameters *= weights.config.layers
-    each = 2 * parameters * len(candidates(weights.config))
+    each = 2 * _parameters(weights) * len(candidates(weights.config))
     return int(np.clip(_OPERATIONS / each, _MIN_TOKENS, _MAX_TOKENS))
+
+
+def _parameters(weights: Weights) -> int:
+    """Of all layers."""
+    each = sum(int(np.prod(weights.shape(leaf))) for leaf in weights.layer_leaves)
+    return each * weights.config.layers
 
 
 # ---------------------------------------------------------------------------------------------

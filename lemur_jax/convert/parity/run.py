@@ -145,8 +145,7 @@ def plan(a: Weights, b: Weights, tokens: int) -> list[str]:
 
 
 def peak_bytes(a: Weights, b: Weights, tokens: int) -> int:
-    """An estimate of the largest resident memory."""
-
+    """An estimate of the largest resident memory of a comparison."""
     layer = sum(tensor_bytes(b, leaf) for leaf in b.layer_leaves)
     largest = max(a.layer_leaves, key=lambda leaf: tensor_bytes(a, leaf))
     stored = tensor_bytes(a, largest)
@@ -173,9 +172,11 @@ def lines(report: Report) -> list[str]:
     if report.comparison is None:
         out.append("verdict: the models have different structures; nothing else was compared")
     elif report.same:
-        out.append("verdict: the same; every operation is within float32 rounding")
+        same = "the same" if report.b else "no fault found, and our code agrees with the reference"
+        out.append(f"verdict: {same}; every operation is within float32 rounding")
     else:
-        out.append("verdict: NOT the same" + _first(report.comparison))
+        wrong = "NOT the same" if report.b else "faults found"
+        out.append(f"verdict: {wrong}{_first(report.comparison)}")
     return out
 
 
