@@ -165,6 +165,11 @@ def noise(w, c):
     w[name] = w[name] + 0.02 * torch.randn_like(w[name])
 
 
+def trained_further(w, c):
+    name = of_layer(2, "mlp.down_proj")
+    w[name] = w[name] + 0.002 * torch.randn_like(w[name])
+
+
 def q_not_permuted_and_bit_flipped(w, c):
     q_not_permuted(w, c)
     bit_flipped(w, c)
@@ -209,6 +214,7 @@ FAULTS = {
     shards_in_wrong_order: [("reordered", "layers/w_gate", ALL)],
     one_tensor_of_another_layer: [("layer_copied", "layers/wv", (3,))],
     noise: [("unexplained", "layers/w_down", (2,))],
+    trained_further: [("unexplained", "layers/w_down", (2,))],
     q_not_permuted_and_bit_flipped: [
         ("interleaved", "layers/wq", ALL),
         ("bit_flip", "layers/w_up", (1,)),
@@ -239,6 +245,7 @@ WORDS = {
     head_row_inserted: "lm_head is off by one row from row 10 on",
     overflow: "down_proj of layer 1 overflowed in float16: 1 element is inf",
     bit_flipped: "up_proj of layer 1 has a flipped bit in one element, [3, 5]: bit 30 of float32",
+    trained_further: "differs a little all over",
     half_written: "zeros in 4096 of 8192 elements, rows 32 to 63",
     shards_in_wrong_order: "its 4 blocks of 16 rows in the order 3, 2, 1, 0",
     scale_folded_in: "1/sqrt(head_dim) = 0.25 times",

@@ -9,6 +9,7 @@ from lemur_jax.convert.parity.finding import Finding
 
 FLOAT16_MAX = 65504.0
 EXPLAINED = 0.9  # of the sampled elements must agree; the rest is looked at one by one
+_ALL_OVER = 0.01  # of the elements wrong, in nearly all rows: other weights, no damage
 _KEPT = 64  # differing elements that are looked at one by one
 
 
@@ -35,6 +36,7 @@ class Damage:
     """Everything that differs between a tensor and what it should be.
 
     Attributes:
+      row_count: rows of the tensor.
       size: elements.
       unequal: elements whose bits differ; of different dtypes, by more than rounding.
       wrong: elements that differ by more than rounding could.
@@ -46,6 +48,7 @@ class Damage:
       most: largest right value that overflowed.
     """
 
+    row_count: int = 0
     size: int = 0
     unequal: int = 0
     wrong: int = 0
@@ -87,7 +90,7 @@ class Damage:
 
 def assess(rows: int, right: Callable, found: Callable, step: int) -> Damage:
     """Reads both by blocks of `step` rows: right(start, stop) and found(start, stop)."""
-    damage = Damage()
+    damage = Damage(row_count=rows)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         damage.add(start, right(start, stop), found(start, stop))
@@ -145,6 +148,9 @@ def _kind(d: Damage, subject: str, layer: int | None) -> tuple:
         return "zeros", subject, layer, f"holds zeros in {where}", f"{again}: a write was cut short"
     if d.not_finite == d.wrong:
         return "not_finite", subject, layer, f"holds NaN or inf in {where}", again
+    if d.wrong > _ALL_OVER * d.size and len(d.rows) > 0.9 * d.row_count:
+        what = f"differs a little all over: {d.wrong / d.size:.0%} of its elements, no order to it"
+        return "unexplained", subject, layer, what, "none, if one was trained from the other"
     row, column, x, y = d.some_wrong[0]
     what = f"differs in {where}; the first, [{row}, {column}], was {float(x):.6g}: {float(y):.6g}"
     return "damaged", subject, layer, what, again
