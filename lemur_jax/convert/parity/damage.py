@@ -149,7 +149,7 @@ def _kind(d: Damage, subject: str, layer: int | None) -> tuple:
     if d.not_finite == d.wrong:
         return "not_finite", subject, layer, f"holds NaN or inf in {where}", again
     if d.wrong > _ALL_OVER * d.size and len(d.rows) > 0.9 * d.row_count:
-        what = f"differs a little all over: {d.wrong / d.size:.0%} of its elements, no order to it"
+        what = "differs a little all over, in no order"
         return "unexplained", subject, layer, what, "none, if one was trained from the other"
     row, column, x, y = d.some_wrong[0]
     what = f"differs in {where}; the first, [{row}, {column}], was {float(x):.6g}: {float(y):.6g}"

@@ -162,7 +162,9 @@ def by_values(leaf, layer, right, found, config) -> Iterator[Finding]:
             "unexplained",
             leaf,
             layer,
-            f"differs, and no hypothesis explains it (difference / size: {error:.2g})",
+            # A power of ten, so that layers that differ alike are one sentence.
+            "differs, and no hypothesis explains it (difference / size: about "
+            f"{10.0 ** round(math.log10(max(error, 1e-9))):g})",
             "compare how the two were made; a trained model differs from its start like this",
         )
 
