@@ -285,8 +285,9 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         return _verify(options)
     if len(options.paths) != 2:
         raise UsageError(f"convert takes SRC and DST, {len(options.paths)} paths were given")
-    from lemur_jax.convert.convert import Options, convert
+    from lemur_jax.convert.convert import convert
     from lemur_jax.convert.model import open_source
+    from lemur_jax.convert.options import Options
     from lemur_jax.convert.plan import parse_bytes
     from lemur_jax.convert.recognise import recognise
     from lemur_jax.convert.vocabulary import CHATML

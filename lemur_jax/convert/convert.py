@@ -5,80 +5,28 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from lemur_jax import checkpoint
-from lemur_jax.config import MeshConfig
 from lemur_jax.convert import engine, targets
-from lemur_jax.convert.cast import check_dtype
+from lemur_jax.convert.chunks import ChunksTarget
 from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_output import write_small_files
 from lemur_jax.convert.journal import Journal, UnfinishedError, identity
 from lemur_jax.convert.model import Source, open_source
+from lemur_jax.convert.options import Options
 from lemur_jax.convert.ours import PREFIX, OurSource
 from lemur_jax.convert.plan import Plan, check_space, describe, make_plan, show_bytes
 from lemur_jax.convert.report import REPORT, report_text
 from lemur_jax.convert.safetensors import numpy_dtype
-from lemur_jax.convert.targets import ChunksTarget, FilesTarget, Leaf
+from lemur_jax.convert.targets import FilesTarget, Leaf
 from lemur_jax.convert.vocabulary import Resized, resize
 from lemur_jax.errors import LemurError
-
-FORMATS = ("hf", "lemur", "easylm")
-_DEFAULT_MAX_RAM = 4 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to convert.
-
-    Attributes:
-      to: one of FORMATS.
-      dtype: of the written weights; None keeps each weight's own.
-      max_ram: bytes of resident memory that the process may reach.
-      max_shard_bytes: of one safetensors file.
-      mesh: chunks of a checkpoint are what a device of this mesh holds; None: layers.
-      add_tokens: behind those of the tokenizer.
-      vocab_size: rows of the result; None: as they are, or as the new tokens need.
-      new_rows: "mean" or "zeros".
-      max_positions: of Meta's format, which does not say it.
-      process, processes: this process, from 0, and how many share the work.
-      timeout_seconds: for which processes wait for one another without seeing progress.
-    """
-
-    to: str
-    dtype: str | None = None
-    max_ram: int = _DEFAULT_MAX_RAM
-    max_shard_bytes: int = 5_000_000_000  # transformers' habit
-    mesh: MeshConfig | None = None
-    add_tokens: tuple[str, ...] = ()
-    vocab_size: int | None = None
-    new_rows: str = "mean"
-    max_positions: int | None = None
-    process: int = 0
-    processes: int = 1
-    timeout_seconds: float = 1200
-
-    def __post_init__(self):
-        check_dtype(self.dtype)
-        problems = []
-        if self.to not in FORMATS:
-            problems.append(f"--to={self.to} is unknown; legal: {', '.join(FORMATS)}")
-        if self.max_shard_bytes < 1:
-            problems.append(f"max_shard_bytes={self.max_shard_bytes} must be positive")
-        if not 0 <= self.process < self.processes:
-            problems.append(
-                f"--process={self.process} must be from 0 to --processes={self.processes} less 1"
-            )
-        if self.mesh is not None and self.to != "lemur":
-            problems.append(f"--mesh is of checkpoints of ours, not of --to={self.to}")
-        if problems:
-            raise ConversionError(problems)
 
 
 def convert(
@@ -205,6 +153,9 @@ class _Job:
             journal.remove()
         except UnfinishedError:
             raise
+        except OSError:
+            say(f"stopped: what is written stays in {self.partial}; the same command goes on")
+            raise
         except LemurError:
             if first and not self.remote:  # trying again would not help
                 shutil.rmtree(self.partial, ignore_errors=True)
@@ -235,7 +186,7 @@ class _Job:
         content = {
             "source": os.path.abspath(origin.path) if "://" not in origin.path else origin.path,
             "source_files": identity(where),
-            "blocks": len(self.plan.blocks),
+            "plan": self.plan.digest(),
             **{f"--{name}": value for name, value in options.items()},
         }
         content["--add_tokens"] = list(options["add_tokens"])

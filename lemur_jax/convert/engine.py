@@ -8,6 +8,7 @@ says is written is not written again. Every process of several takes its own blo
 makes the result whole when all blocks are there; no weights go from one process to another.
 """
 
+import os
 import queue
 import resource
 import threading
@@ -33,7 +34,7 @@ from lemur_jax.convert.turn import (
     without_padding,
 )
 
-_SYNC_SECONDS = 5.0  # how much work a kill may cost
+_SYNC_SECONDS = 1.0  # how much work a kill may cost
 
 
 @dataclass
@@ -95,7 +96,7 @@ def run(
         try:
             while waiting or running:
                 while waiting and (running == 0 or room.has(waiting[-1].memory)):
-                    if running >= 2 * WORKERS:
+                    if running >= WORKERS + 2:
                         break
                     start(pool, waiting.pop())
                     running += 1
@@ -209,4 +210,6 @@ def guess_rate(source: Source, plan: Plan) -> float:
     start = time.monotonic()
     array = contiguous(source.read(block.name, block.region))
     StreamingDigest().add(array, (0,) * array.ndim)
-    return WORKERS / 2 * array.nbytes / max(time.monotonic() - start, 1e-6)
+    return (
+        min(WORKERS, os.cpu_count() or 1) / 2 * array.nbytes / max(time.monotonic() - start, 1e-6)
+    )

@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lemur_jax.convert.convert import Options, convert
+from lemur_jax.convert.convert import convert
 from lemur_jax.convert.model import open_source
+from lemur_jax.convert.options import Options
 
 
 def import_hf(hf_dir: str | Path, out_dir: str | Path, *, dtype: str | None = None) -> os.PathLike:

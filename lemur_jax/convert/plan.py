@@ -1,8 +1,8 @@
 """What a conversion will do, before it does anything: blocks, bytes, memory, time."""
 
+import hashlib
 import math
 import re
-import resource
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ from lemur_jax.convert.stored import Region
 from lemur_jax.convert.targets import Leaf, Target
 
 USUAL_BLOCK_BYTES = 32 << 20  # a chunk of a checkpoint; large enough for any disk
-RESERVE_BYTES = 320 << 20  # of libraries that load later, headers, journal, chunks in flight
+# The interpreter with JAX, Orbax and TensorStore, headers, journal, chunks in flight: a constant,
+# so that the same flags make the same plan, and a killed conversion can go on.
+PROGRAM_BYTES = 512 << 20
 COPIES = 4  # of a block: as read, in our order, cast or padded, on its way to the disk
-WORKERS = 4
+WORKERS = 8  # more than cores: they wait for the disk by turns
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
@@ -45,7 +47,8 @@ class Plan:
     Attributes:
       blocks: the same for the same source, flags and budget.
       bytes_in, bytes_out: of weights.
-      tensors: leaves; `files_bytes` is what the destination needs on disk.
+      leaves: how many tensors of ours.
+      files_bytes: what the destination needs on disk.
       budget: bytes that blocks may take at a time.
       peak: expected resident memory of the process, bytes.
       max_ram: the budget asked for.
@@ -59,6 +62,11 @@ class Plan:
     budget: int
     peak: int
     max_ram: int
+
+    def digest(self) -> str:
+        """Of all blocks: another plan is not gone on with."""
+        text = repr([(block.name, block.region) for block in self.blocks])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parse_bytes(text: str) -> int:
@@ -82,12 +90,6 @@ def show_bytes(count: float) -> str:
     raise AssertionError
 
 
-def resident_bytes() -> int:
-    """What this process has in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
 def make_plan(source: Source, leaves: Sequence[Leaf], target: Target, max_ram: int) -> Plan:
     """Cuts every leaf into blocks that fit the budget.
 
@@ -100,7 +102,7 @@ def make_plan(source: Source, leaves: Sequence[Leaf], target: Target, max_ram: i
     Raises:
       ConversionError: too little; names the least that would do.
     """
-    base = resident_bytes() + RESERVE_BYTES
+    base = PROGRAM_BYTES
     budget = max_ram - base
     most = max(budget // COPIES, 1)
     usual = min(USUAL_BLOCK_BYTES, max(budget // (WORKERS * COPIES), 1))

@@ -12,7 +12,7 @@ from lemur_jax.convert import grain
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import COMPUTATION
 from lemur_jax.convert.model import Source, open_source
-from lemur_jax.convert.plan import COPIES, RESERVE_BYTES, USUAL_BLOCK_BYTES, resident_bytes
+from lemur_jax.convert.plan import COPIES, PROGRAM_BYTES, USUAL_BLOCK_BYTES
 from lemur_jax.convert.progress import progress
 from lemur_jax.convert.stored import Region, contiguous
 from lemur_jax.convert.turn import vocabulary_axis
@@ -76,7 +76,7 @@ def verify(
     """
     a, b = (open_source(p, dtype=dtype, max_positions=max_positions) for p in (a_path, b_path))
     _check_configs(a, b)
-    budget = max_ram - resident_bytes() - RESERVE_BYTES
+    budget = max_ram - PROGRAM_BYTES
     found, total = [], 0
     in_all = sum(math.prod(_shape(a, name)) * a.dtype(name).itemsize for name in a.names)
     with progress(f"{a.path} = {b.path}?", in_all) as advance:

@@ -17,16 +17,18 @@ import tiny_hf
 
 from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig
-from lemur_jax.convert import engine, grain, plan
-from lemur_jax.convert.convert import Options, convert
+from lemur_jax.convert import chunks, engine, grain, plan
+from lemur_jax.convert.chunks import ChunksTarget
+from lemur_jax.convert.convert import convert
 from lemur_jax.convert.disk import PAGE, DiskFile, aligned_empty
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.hf import import_hf
 from lemur_jax.convert.load import load_model
 from lemur_jax.convert.model import open_source
+from lemur_jax.convert.options import Options
 from lemur_jax.convert.stored import StoredTensor, contiguous
-from lemur_jax.convert.targets import ChunksTarget, FilesTarget
+from lemur_jax.convert.targets import FilesTarget
 from lemur_jax.convert.verify import verify
 from lemur_jax.sharding import make_mesh
 
@@ -308,7 +310,7 @@ def test_kill_minus_nine(tmp_path, to):
 
 @pytest.mark.parametrize("to", ["lemur", "hf"])
 def test_processes_share_the_work(tmp_path, small_blocks, to):
-    """Red when a process takes another's blocks, or process 0 does not wait for all of them."""
+    """Red when a process leaves out its own blocks, or process 0 does not wait for all of them."""
     source = tiny_hf.write(tmp_path / "hf")
     convert(source, tmp_path / "whole", Options(to=to, processes=1))
     results = []
@@ -341,8 +343,13 @@ def test_a_process_that_does_not_come(tmp_path, small_blocks):
 
 
 def test_through_tensorstore_as_on_an_object_store(tmp_path, small_blocks, monkeypatch):
-    """Red when a block is no whole chunk: TensorStore would read, change and write it."""
+    """Red when `_filled` puts ones behind the array, or a chunk is named by its first element."""
     source = tiny_hf.write(tmp_path / "hf")
+
+    def uneven(leaf, shards):  # chunks that do not divide their leaf
+        return tuple(max(1, 2 * size // 3) for size in leaf.shape)
+
+    monkeypatch.setattr(chunks, "_chunks", uneven)
     convert(source, tmp_path / "files", Options(to="lemur"))
     make = ChunksTarget.__init__
 
@@ -353,6 +360,7 @@ def test_through_tensorstore_as_on_an_object_store(tmp_path, small_blocks, monke
     monkeypatch.setattr(ChunksTarget, "__init__", remote)
     convert(source, tmp_path / "stores", Options(to="lemur"))
     assert tree(tmp_path / "stores") == tree(tmp_path / "files")
+    assert verify(source, tmp_path / "stores") == []
 
 
 def test_chunks_of_a_mesh(tmp_path, monkeypatch):

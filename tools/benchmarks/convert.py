@@ -54,10 +54,10 @@ def llama_70b(layers: int) -> ModelConfig:
     )  # fmt: skip
 
 
-def model_2gb() -> ModelConfig:
+def model_2gb(layers: int = 22) -> ModelConfig:
     """About 1.1 B parameters: 2.2 GB of bfloat16, TinyLlama's shape."""
     return ModelConfig(
-        vocab_size=32000, embed=2048, mlp=5632, layers=22, heads=32, kv_heads=4, head_dim=64,
+        vocab_size=32000, embed=2048, mlp=5632, layers=layers, heads=32, kv_heads=4, head_dim=64,
         max_positions=2048, rope=RopeConfig(theta=10000.0), norm_eps=1e-5, dtype="bfloat16",
         param_dtype="bfloat16",
     )  # fmt: skip
@@ -260,8 +260,8 @@ def same_weights(a: Path, b: Path) -> bool:
 def kill(options) -> None:
     """kill -9 at random points, again until it is done; then the digest of everything."""
     root = options.dir
-    config = llama_70b(1)
-    write_hf(root / "hf", config, values=True)
+    nbytes = write_hf(root / "hf", model_2gb(layers=6), values=True)
+    print(f"{nbytes / 1e9:.2f} GB of bfloat16")
     for to in options.kill_to.split(","):
         run("convert", str(root / "hf"), str(root / "whole"), f"--to={to}", "--max_ram=2GiB")
         expected, longest = tree_digest(root / "whole"), 0.0
@@ -281,7 +281,7 @@ def kill(options) -> None:
                     env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                 )  # fmt: skip
                 try:
-                    child.wait(rng.uniform(0.3, 1.0) * longest)
+                    child.wait(rng.uniform(0.4, 1.1) * longest)
                 except subprocess.TimeoutExpired:
                     child.send_signal(signal.SIGKILL)
                     child.wait()

@@ -1,0 +1,58 @@
+"""The settings of a conversion."""
+
+from dataclasses import dataclass
+
+from lemur_jax.config import MeshConfig
+from lemur_jax.convert.cast import check_dtype
+from lemur_jax.convert.errors import ConversionError
+
+FORMATS = ("hf", "lemur", "easylm")
+_DEFAULT_MAX_RAM = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to convert.
+
+    Attributes:
+      to: one of FORMATS.
+      dtype: of the written weights; None keeps each weight's own.
+      max_ram: bytes of resident memory that the process may reach.
+      max_shard_bytes: of one safetensors file.
+      mesh: chunks of a checkpoint are what a device of this mesh holds; None: layers.
+      add_tokens: behind those of the tokenizer.
+      vocab_size: rows of the result; None: as they are, or as the new tokens need.
+      new_rows: "mean" or "zeros".
+      max_positions: of Meta's format, which does not say it.
+      process, processes: this process, from 0, and how many share the work.
+      timeout_seconds: for which processes wait for one another without seeing progress.
+    """
+
+    to: str
+    dtype: str | None = None
+    max_ram: int = _DEFAULT_MAX_RAM
+    max_shard_bytes: int = 5_000_000_000  # transformers' habit
+    mesh: MeshConfig | None = None
+    add_tokens: tuple[str, ...] = ()
+    vocab_size: int | None = None
+    new_rows: str = "mean"
+    max_positions: int | None = None
+    process: int = 0
+    processes: int = 1
+    timeout_seconds: float = 1200
+
+    def __post_init__(self):
+        check_dtype(self.dtype)
+        problems = []
+        if self.to not in FORMATS:
+            problems.append(f"--to={self.to} is unknown; legal: {', '.join(FORMATS)}")
+        if self.max_shard_bytes < 1:
+            problems.append(f"max_shard_bytes={self.max_shard_bytes} must be positive")
+        if not 0 <= self.process < self.processes:
+            problems.append(
+                f"--process={self.process} must be from 0 to --processes={self.processes} less 1"
+            )
+        if self.mesh is not None and self.to != "lemur":
+            problems.append(f"--mesh is of checkpoints of ours, not of --to={self.to}")
+        if problems:
+            raise ConversionError(problems)
