@@ -9,17 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_hf
-from hf_models import make, random_tokens, their_logits, torch
+from hf_models import TINY, make, random_tokens, their_logits, torch
 
 from lemur_jax import cli
 from lemur_jax.config import ModelConfig, RopeConfig
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf import import_hf
+from lemur_jax.convert.hf_config import config_from_hf
 from lemur_jax.convert.model import open_source
 from lemur_jax.convert.parity import ours, parity
 from lemur_jax.convert.parity.compare import compare, sample_positions
 from lemur_jax.convert.parity.logits import OnlineKL
-from lemur_jax.convert.parity.reference import Reference, product
+from lemur_jax.convert.parity.reference import Reference, inverse_frequencies, product
 from lemur_jax.convert.parity.run import peak_bytes
 from lemur_jax.convert.parity.weights import of_source
 from lemur_jax.model import block, rope
@@ -92,6 +93,21 @@ def test_the_reference_is_transformers_model(tmp_path, name):
     expected = their_logits(theirs, tokens, start=4000)
     assert logits.dtype == np.float64
     assert np.abs(logits - expected).max() < ANGLE_ERROR * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["plain", "linear", "llama3", "yarn", "dynamic"])
+def test_the_frequencies_are_transformers(name):
+    """Red if dynamic scaling takes the last position for the length. Short positions, so that no
+    rounding of angles hides it."""
+    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaRotaryEmbedding
+
+    theirs = LlamaConfig(**(TINY | SHAPE | CONFIGS[name]), head_dim=32)
+    positions = np.arange(60, 90)[None]  # the trained length is 64
+    cos, _ = LlamaRotaryEmbedding(theirs)(torch.zeros(1), torch.from_numpy(positions))
+    ours_config = config_from_hf(theirs.to_dict())
+    inverse, scale = inverse_frequencies(ours_config.rope, 32, positions)
+    found = np.cos(positions[..., None] * inverse) * scale
+    assert np.abs(found - cos.numpy()[..., :16]).max() < 2e-5
 
 
 @pytest.mark.parametrize("name", ["plain", "biases", "dynamic"])

@@ -16,7 +16,7 @@ safe = pytest.importorskip("safetensors.torch", reason="files are written by saf
 
 from lemur_jax import cli  # noqa: E402
 from lemur_jax.convert.model import open_source  # noqa: E402
-from lemur_jax.convert.parity import alone  # noqa: E402
+from lemur_jax.convert.parity import alone, likelihood  # noqa: E402
 from lemur_jax.convert.parity.candidates import AS_IT_IS, candidates  # noqa: E402
 from lemur_jax.convert.parity.likelihood import losses  # noqa: E402
 from lemur_jax.convert.parity.weights import of_source  # noqa: E402
@@ -186,9 +186,11 @@ def test_what_cannot_be_told_apart_is_said(teacher, monkeypatch):
     assert verdict.findings[0].what.count("gate_proj and up_proj are swapped") == 2
 
 
-def test_losses_are_those_of_transformers(teacher):
-    """Red if the target is the same token and not the next, or a block of the head is left out."""
+def test_losses_are_those_of_transformers(teacher, monkeypatch):
+    """Red if the target is the same token and not the next, or the last row of a block is left
+    out."""
     good, tokens = teacher
+    monkeypatch.setattr(likelihood, "_BLOCK_ELEMENTS", 10 * SHAPE["hidden_size"])  # ten rows
     weights = of(good)
     import transformers
 
