@@ -184,7 +184,7 @@ def test_what_torch_may_save(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.99])
 def test_truncated_torch_files(tmp_path, legacy, keep):
-    """Red when a storage may end behind the file."""
+    """Red when a storage may end behind the file (`_legacy`; a cut zip has no directory)."""
     source = foreign.write_bin(tmp_path / "x", tiny_hf.weights(), torch, legacy=legacy)
     path = source / "pytorch_model.bin"
     raw = path.read_bytes()
@@ -196,7 +196,7 @@ def test_truncated_torch_files(tmp_path, legacy, keep):
 @pytest.mark.parametrize("at", range(0, 60, 7))
 @pytest.mark.parametrize("legacy", [False, True])
 def test_flipped_bytes_never_crash(tmp_path, legacy, at):
-    """Red when the machine lets an IndexError of a damaged pickle out."""
+    """Red when `load` lets a ValueError of a damaged pickle out."""
     state = {"a": torch.ones(2, 3), "b": torch.zeros(4)}
     buffer = io.BytesIO()
     torch.save(state, buffer, _use_new_zipfile_serialization=not legacy)

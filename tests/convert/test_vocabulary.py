@@ -94,6 +94,7 @@ def test_through_a_checkpoint_and_back(tmp_path, tokenizer):
     step_dir = convert(tmp_path / "hf", tmp_path / "ours", Options(to="lemur", add_tokens=CHATML))
     manifest = checkpoint.describe(step_dir)
     assert model_config(manifest.about["model"]).vocab_size == 305
+    assert manifest.about["hf_extras"]["config"]["vocab_size"] == 305
     assert manifest.arrays["params/table"].shape == (384, 16)
     convert(step_dir, tmp_path / "back", Options(to="hf"))
     assert verify(tmp_path / "direct", tmp_path / "back") == []
@@ -138,6 +139,9 @@ def test_transformers_agrees(tmp_path, tokenizer):
     tokenizer_files.write_hf_files(tokenizer_copy)
     model(tmp_path / "hf", tokenizer_copy)
     convert(tmp_path / "hf", tmp_path / "o", Options(to="hf", add_tokens=CHATML))
+    spec = json.loads((tmp_path / "o" / "tokenizer.json").read_text())
+    ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    assert [ids[token] for token in CHATML] == list(range(300, 305))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "o")
     assert theirs.convert_tokens_to_ids(list(CHATML)) == list(range(300, 305))
     assert theirs("<|im_start|>x<|im_end|>", add_special_tokens=False).input_ids[0] == 301

@@ -262,12 +262,14 @@ def kill(options) -> None:
     root = options.dir
     nbytes = write_hf(root / "hf", model_2gb(layers=6), values=True)
     print(f"{nbytes / 1e9:.2f} GB of bfloat16")
+    run("convert", str(root / "hf"), str(root / "ours"))
     for to in options.kill_to.split(","):
-        run("convert", str(root / "hf"), str(root / "whole"), f"--to={to}", "--max_ram=2GiB")
+        source = str(root / ("ours" if to == "hf" else "hf"))
+        run("convert", source, str(root / "whole"), f"--to={to}", "--max_ram=2GiB")
         expected, longest = tree_digest(root / "whole"), 0.0
         start = time.monotonic()
         shutil.rmtree(root / "whole")
-        run("convert", str(root / "hf"), str(root / "whole"), f"--to={to}", "--max_ram=2GiB")
+        run("convert", source, str(root / "whole"), f"--to={to}", "--max_ram=2GiB")
         longest = time.monotonic() - start
         same = tree_digest(root / "whole") == expected
         print(f"{to}: uninterrupted {longest:.1f} s, twice the same: {same}")
@@ -276,12 +278,13 @@ def kill(options) -> None:
         for _ in range(options.points):
             while not (root / "killed").exists():
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "lemur_jax.cli", "convert", str(root / "hf"),
-                     str(root / "killed"), f"--to={to}", "--max_ram=2GiB"],
+                    [sys.executable, "-c", MAIN, "convert", source, str(root / "killed"),
+                     f"--to={to}", "--max_ram=2GiB"],
                     env=ENVIRONMENT, stdout=subprocess.DEVNULL,
                 )  # fmt: skip
                 try:
-                    child.wait(rng.uniform(0.4, 1.1) * longest)
+                    if child.wait(rng.uniform(0.4, 1.1) * longest):
+                        raise SystemExit("a conversion failed")
                 except subprocess.TimeoutExpired:
                     child.send_signal(signal.SIGKILL)
                     child.wait()
