@@ -167,7 +167,25 @@ def test_an_untrained_model_is_not_judged(teacher):
     tokens = np.random.default_rng(0).integers(0, 101, 200)
     verdict = alone.by_text(of(good), tokens)
     assert verdict.findings == []
-    assert any(line.startswith("undecided") for line in verdict.lines)
+    assert verdict.lines[-1].startswith("undecided:") and "makes it learnt" in verdict.lines[-1]
+
+
+def test_less_bad_is_not_good(teacher, monkeypatch):
+    """Red if a mistake is named whose cure leaves the model worse than guessing."""
+    weights = of(teacher[0])
+    rounds = []
+
+    def fake(weights, tokens, tried, each_layer):
+        nats = np.full((len(tried), 100), 6.1)
+        nats[0] = 5.0 if rounds else 6.0
+        nats[1] = 5.0
+        rounds.append(len(tried))
+        return nats + np.random.default_rng(0).normal(0, 0.01, nats.shape)
+
+    monkeypatch.setattr(alone, "losses", fake)
+    verdict = alone.by_text(weights, np.arange(101))
+    assert len(rounds) == 2 and verdict.findings == []
+    assert "nothing is named" in verdict.lines[-1]
 
 
 def test_what_cannot_be_told_apart_is_said(teacher, monkeypatch):
