@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lemur_jax.errors import LemurError
 
-EXIT_DIFFERENT = 1  # of verify
+EXIT_DIFFERENT = 1  # of verify and parity
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3  # lemur plan
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -53,6 +53,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for binding in bindings:
         if "=" not in binding:
             raise UsageError(f"--gin.{binding} has no value: write --gin.{binding}=VALUE")
+    if rest[:2] == ["convert", "parity"]:  # two words, one command
+        rest = ["convert parity", *rest[2:]]
     parser = _parser()
     options, unknown = parser.parse_known_args(rest)
     if unknown:
@@ -154,6 +156,20 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     convert.add_argument("--processes", type=int, default=1, help="that share the work")
     convert.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
+
+    parity = command("convert parity", _parity, "compare two models and say what is the matter")
+    parity.add_argument(
+        "a", metavar="A", help="trusted model, of any format; the reference runs it"
+    )
+    parity.add_argument(
+        "b", metavar="B", nargs="?", help="our code runs it; none: judge A by itself and by a text"
+    )
+    parity.add_argument("--tokens", type=int, default=16, help="of each of two rows")
+    parity.add_argument("--text", metavar="FILE", help="to judge A alone; default: a passage")
+    parity.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
+    parity.add_argument(
+        "--transformers", action="store_true", help="transformers' layers are compared too"
+    )
 
     sample = command("sample", _sample, "generate text from a run, checkpoint or HF directory")
     sample.add_argument("path", metavar="PATH")
@@ -368,6 +384,21 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         _note_tokenizer(source)
     print(f"wrote {target}")
     return 0
+
+
+def _parity(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.convert.parity import parity
+
+    report = parity(
+        options.a,
+        options.b,
+        tokens=options.tokens,
+        text=options.text,
+        transformers=options.transformers,
+        max_positions=options.max_positions,
+        say=lambda line: print(line, flush=True),
+    )
+    return 0 if report.same else EXIT_DIFFERENT
 
 
 def _verify(options: argparse.Namespace) -> int:
