@@ -9,10 +9,10 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/python tools/demo.py
 
 test: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 4 --dist loadfile
 
 test-slow: $(VENV)/.ready-test
-	$(VENV)/bin/python -m pytest -m "slow and not certify"
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile -m "slow and not certify"
 
 certify: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest -m certify
