@@ -172,6 +172,16 @@ def table_text(found: list[Certificate], made_with: dict[str, str]) -> str:
     for row in rows:
         if [*row] != names:
             raise ValueError(f"{row} has other columns than {names}: certify all shapes again")
-    comment = "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
     cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
-    return "".join(line + "\n" for line in (comment, *map(",".join, [names, *cells])))
+    return "".join(line + "\n" for line in (comment(made_with), *map(",".join, [names, *cells])))
+
+
+def comment(made_with: dict[str, str]) -> str:
+    """The table's first line: what its programs were compiled from, and by what."""
+    return "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
+
+
+def stamp(path: Path = TABLE) -> str:
+    """The first line of a table."""
+    with path.open() as file:
+        return file.readline().rstrip("\n")
