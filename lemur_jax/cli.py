@@ -195,7 +195,12 @@ def _dry_run(run, text: str) -> None:
     from rich.table import Table
 
     from lemur_jax import sharding
-    from lemur_jax.model.attention import describe, resolve_implementation
+    from lemur_jax.model.attention import (
+        describe,
+        outside_table,
+        resolve_implementation,
+        row_tokens,
+    )
     from lemur_jax.train.estimate import estimate
     from lemur_jax.train.loss import resolve_implementation as resolve_loss
 
@@ -210,7 +215,13 @@ def _dry_run(run, text: str) -> None:
         sequence_length=run.data.sequence_length,
     )
     backend = jax.default_backend()
-    attention = resolve_implementation(run.model, backend)
+    shape = {
+        "device_kind": jax.devices()[0].device_kind,
+        "tensor": mesh.tensor,
+        "tokens": row_tokens(run.model, run.data.sequence_length, mesh.sequence),
+    }
+    reason = outside_table(run.model, backend, **shape)
+    attention = resolve_implementation(run.model, backend, **shape)
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, attention=attention))
     loss = resolve_loss(run.loss, jax.devices()[0])
     run = dataclasses.replace(run, loss=dataclasses.replace(run.loss, implementation=loss))
@@ -223,7 +234,7 @@ def _dry_run(run, text: str) -> None:
         "model FLOPs of a step": f"{sizes.flops_per_step:.3e}",
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
         "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
-        "attention": describe(run.model, mesh.sequence),
+        "attention": describe(run.model, mesh.sequence, reason),
         "loss": loss,
         "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
         "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",

@@ -36,7 +36,9 @@ def sampling_config(config: ModelConfig, dtype: str | None) -> ModelConfig:
     """
     dtype = dtype or config.dtype
     config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, remat="none")
-    kernel = attention.resolve_implementation(config, jax.default_backend())
+    kernel = attention.resolve_implementation(
+        config, jax.default_backend(), device_kind=jax.devices()[0].device_kind
+    )
     return dataclasses.replace(config, attention=kernel)
 
 

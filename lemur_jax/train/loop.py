@@ -18,7 +18,12 @@ from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, EvaluationConfig, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
-from lemur_jax.model.attention import describe, resolve_implementation
+from lemur_jax.model.attention import (
+    describe,
+    outside_table,
+    resolve_implementation,
+    row_tokens,
+)
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train import saved
 from lemur_jax.train.loss import loss_sums
@@ -77,7 +82,14 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
         rows=rows,
         sequence_length=config.data.sequence_length,
     )
-    attention = resolve_implementation(config.model, jax.default_backend())
+    ways = mesh.shape[sharding.mesh_axis("length")]
+    shape = {
+        "device_kind": jax.devices()[0].device_kind,
+        "tensor": mesh.shape[sharding.mesh_axis("act_heads")],
+        "tokens": row_tokens(config.model, config.data.sequence_length, ways),
+    }
+    reason = outside_table(config.model, jax.default_backend(), **shape)
+    attention = resolve_implementation(config.model, jax.default_backend(), **shape)
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, attention=attention)
     )
@@ -86,7 +98,7 @@ def train(config: TrainConfig, operative_config: str) -> RunResult:
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     report(
         f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
-        f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
+        f"attention: {describe(config.model, ways, reason)}"
     )
     report(f"loss: {loss}")
 
