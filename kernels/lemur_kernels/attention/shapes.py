@@ -8,7 +8,6 @@ names the nearest one inside. Reading it needs no device.
 import csv
 import dataclasses
 import functools
-import math
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("certified.csv")
@@ -118,8 +117,9 @@ def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
         if not fit:
             raise ValueError(_outside(shape, name, value, sorted({read(c.shape) for c in left})))
         left = fit
-    # A program cuts the heads into steps: it serves every multiple of its step's heads.
-    steps = {math.lcm(c.blocks.get("heads", 1), group) for c in left}
+    # A program cuts the heads into steps, which a group divides or is divided by: it serves every
+    # multiple of its step's heads.
+    steps = {c.blocks.get("heads", 1) for c in left}
     left = tuple(c for c in left if shape.heads % c.blocks.get("heads", 1) == 0)
     if not left:
         padded = {-(-shape.heads // step) * step for step in steps}
