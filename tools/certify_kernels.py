@@ -29,6 +29,7 @@ import sys
 import threading
 from pathlib import Path
 
+from kernel_cases import HEAD_DIMS
 from lemur_kernels.attention import shapes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +39,6 @@ from tpu_compiler.topology import CHIPS
 from tpu_compiler.worker import Worker
 
 SEQUENCES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-HEAD_DIMS = (64, 80, 96, 128, 256)
 HEADS = ("8/1", "32/32", "64/8")
 DTYPES = ("bfloat16", "float32")
 DIRECTIONS = ("forward", "backward")

@@ -3,6 +3,8 @@ counts out. The only file of the tools that knows the kernel package."""
 
 from tpu_compiler.cases import Built, Case, segment_ids
 
+HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are certified for, on some chip
+
 
 def build(case: Case) -> Built:
     """The project's kernel for the case.
@@ -23,6 +25,39 @@ def candidates(case: Case) -> list[dict]:
     if case.kernel != "attention":
         return []
     return [dataclasses.asdict(tiling) for tiling in _proposals(case, case.direction)]
+
+
+def refused(case: Case) -> str | None:
+    """Why there is nothing to compile for a case, before any compiler starts; None: there is."""
+    try:
+        if case.kernel == "cross_entropy":
+            from lemur_kernels.cross_entropy.blocks import choose
+
+            sizes = dict(case.sizes)
+            choose(case.chip, case.seq, sizes["embed"], sizes["vocab"], case.dtype)
+    except ValueError as error:
+        return str(error)
+    if case.kernel != "attention":
+        return None
+    if case.head_dim not in HEAD_DIMS:
+        return f"head_dim={case.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    for direction in ("forward", "backward"):
+        if not _proposals(case, direction):
+            return (
+                f"heads={case.heads}, kv_heads={case.kv_heads}, head_dim={case.head_dim}, "
+                f"seq={case.seq}: no blocks fit {case.chip}"
+            )
+    return None
+
+
+def block_names() -> list[str]:
+    """What `case.blocks` may name: fields of the kernel's Tiling, of both directions or of one."""
+    import dataclasses
+
+    from lemur_kernels.attention.tilings import Tiling
+
+    fields = [field.name for field in dataclasses.fields(Tiling)]
+    return [*fields, *(f"{side}_{f}" for side in ("forward", "backward") for f in fields)]
 
 
 def fingerprint() -> str:

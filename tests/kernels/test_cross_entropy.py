@@ -216,7 +216,10 @@ def test_full_logits_never_exist():
         ({"w": jnp.zeros((7, V))}, r"x \[B,T,E\] and w \[E,V\]"),
         ({"w": jnp.zeros((E, V), jnp.bfloat16)}, "share a dtype"),
         ({"targets": jnp.zeros((B, 2), jnp.int32)}, r"targets_BT is int32\[3, 2\]; pass int"),
-        ({"targets": jnp.zeros((B, T))}, "targets_BT is float32; pass integers"),
+        (
+            {"targets": jnp.zeros((B, T))},
+            r"targets_BT is float32\[3, 50\]; pass integers \[3, 50\]",
+        ),
     ],
 )
 def test_errors_name_the_value_and_the_fix(change, message):

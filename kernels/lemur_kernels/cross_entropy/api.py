@@ -76,12 +76,11 @@ def cross_entropy(
     if x_BTE.dtype != w_EV.dtype:
         raise ValueError(f"x and w must share a dtype; got {x_BTE.dtype} and {w_EV.dtype}")
     arguments.array("weights_BT", weights_BT, "BT", WEIGHT_DTYPES)
-    for name, value in (("targets_BT", targets_BT), ("weights_BT", weights_BT)):
-        if value.shape != x_BTE.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}, x has {list(x_BTE.shape)}; "
-                f"pass {list(x_BTE.shape[:2])}"
-            )
+    if weights_BT.shape != x_BTE.shape[:2]:
+        raise ValueError(
+            f"weights_BT has shape {list(weights_BT.shape)}, x has {list(x_BTE.shape)}; "
+            f"pass {list(x_BTE.shape[:2])}"
+        )
     arguments.integers("targets_BT", targets_BT, x_BTE.shape[:2])
     V = w_EV.shape[1] * shards.count(axis_name)
     if valid_vocab is None:
