@@ -4,8 +4,8 @@
     python tools/bench_kernels.py --chip v5e --case "8 x 512" demo --direction forward
 
 Every figure is compiler-predicted (cycles per TensorCore, in millions), nothing ran on a TPU; see
-tools/tpu_compiler/cost.py for what is counted. tokamax is compared when it can be imported:
-`pip install --no-deps --target build/tokamax tokamax==0.0.12` and `--path build/tokamax`.
+tools/tpu_compiler/cost.py for what is counted. tokamax is compared when it can be imported (from
+--path; the README of lemur_kernels/attention installs it).
 The exit status is 1 when a compilation failed, 2 for what cannot be compiled.
 decode_attention: python tests/kernels/decode_compile_table.py.
 """
