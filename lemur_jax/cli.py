@@ -267,7 +267,6 @@ def _dry_run(run, text: str) -> None:
     from rich.table import Table
 
     from lemur_jax import sharding
-    from lemur_jax.model.attention import describe
     from lemur_jax.train import programs
     from lemur_jax.train.estimate import estimate
 
@@ -282,6 +281,8 @@ def _dry_run(run, text: str) -> None:
         sequence_length=run.data.sequence_length,
     )
     backend = jax.default_backend()
+    run = dataclasses.replace(run, mesh=mesh)
+    attention = programs.describe_attention(run, jax.devices()[0])
     run = programs.resolve(run, jax.devices()[0])
     sizes = estimate(run, mesh)
     table = Table("what", "value", title="dry run: nothing was allocated, compiled or written")
@@ -292,7 +293,7 @@ def _dry_run(run, text: str) -> None:
         "model FLOPs of a step": f"{sizes.flops_per_step:.3e}",
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),
         "devices of the mesh / here": f"{sizes.devices} / {jax.device_count()} ({backend})",
-        "attention": describe(run.model, mesh.sequence),
+        "attention": attention,
         "loss": run.loss.implementation,
         "parameters, GiB a device": f"{sizes.parameter_bytes / gib:.3f}",
         "optimizer state, GiB a device": f"{sizes.optimizer_bytes / gib:.3f}",

@@ -4,7 +4,10 @@
     python tools/bench_kernels.py --chip v5e --case "8 x 512" demo --direction forward
 
 Every figure is compiler-predicted (cycles per TensorCore, in millions), nothing ran on a TPU; see
-tools/tpu_compiler/cost.py for what is counted. tokamax is compared when it can be imported.
+tools/tpu_compiler/cost.py for what is counted. tokamax is compared when it can be imported (from
+--path; the README of lemur_kernels/attention installs it).
+The exit status is 1 when a compilation failed, 2 for what cannot be compiled.
+decode_attention: python tests/kernels/decode_compile_table.py.
 """
 
 import argparse
@@ -14,10 +17,11 @@ import math
 import sys
 from pathlib import Path
 
+import kernel_cases
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from tpu_compiler import compiling, crosscheck
+from tpu_compiler import arguments, compiling, crosscheck
 from tpu_compiler.cases import Case, floor_cycles
 from tpu_compiler.topology import CHIPS
 from tpu_compiler.worker import Worker
@@ -40,7 +44,6 @@ KERNELS = {
         "tokamax": (f"{BASELINES}:tokamax", {}),
         "tokamax kv 256": (f"{BASELINES}:tokamax", {"blocks": [1024, 1024, 256]}),
     },
-    "decode_attention": {"ours": OURS},
     "cross_entropy": {
         "ours": OURS,
         "XLA, whole logits": ("kernel_cases:cross_entropy", {"implementation": "reference"}),
@@ -214,7 +217,40 @@ def _case(chip: str, direction: str, options: argparse.Namespace, lengths: list[
 
 def _block(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
-    return name, int(value)
+    legal = kernel_cases.block_names()
+    if name not in legal:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(legal)}")
+    return name, arguments.positive(value)
+
+
+def _kernel(name: str) -> str:
+    if name == "decode_attention":
+        fix = "its compilations: python tests/kernels/decode_compile_table.py"
+        raise argparse.ArgumentTypeError(f"decode_attention is not compared here; {fix}")
+    if name not in KERNELS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KERNELS)}")
+    return name
+
+
+def wrong(options: argparse.Namespace) -> str | None:
+    """What of the command line cannot be compiled or shown, in words; None: nothing."""
+    names = list(KERNELS[options.kernel])
+    if unknown := set(options.only) - set(names):
+        return f"--only {', '.join(sorted(unknown))}: choose from {', '.join(names)}"
+    if options.kernel != "attention" and (options.blocks or options.case):
+        return f"--blocks and --case are for attention, not --kernel {options.kernel}"
+    if options.heads % options.kv_heads:
+        return f"--kv-heads {options.kv_heads} must divide --heads {options.heads}"
+    rows = packings(options.seq)
+    for case in options.case or ():
+        if not any(name.startswith(case) for name in rows):
+            return f"--case {case!r} begins none of {', '.join(rows)}"
+    if "ours" in options.only:
+        for chip in options.chip:
+            reason = kernel_cases.refused(_case(chip, "forward", options, [options.seq]))
+            if reason:
+                return f"{chip}: {reason}"
+    return None
 
 
 def main() -> int:
@@ -224,13 +260,16 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=["v4", "v5e", "v5p", "v6e"])
-    parser.add_argument("--kernel", choices=KERNELS, default="attention")
-    parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--heads", type=int, default=64)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--embed", type=int, default=8192, help="of cross_entropy")
-    parser.add_argument("--vocab", type=int, default=32128, help="of cross_entropy")
+    parser.add_argument(
+        "--kernel", type=_kernel, default="attention", help="or cross_entropy", metavar="K"
+    )
+    one = arguments.positive
+    parser.add_argument("--seq", type=one, default=4096)
+    parser.add_argument("--heads", type=one, default=64)
+    parser.add_argument("--kv-heads", type=one, default=8)
+    parser.add_argument("--head-dim", type=one, default=128)
+    parser.add_argument("--embed", type=one, default=8192, help="of cross_entropy")
+    parser.add_argument("--vocab", type=one, default=32128, help="of cross_entropy")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--path", nargs="*", default=[], help="folders to import tokamax from")
     parser.add_argument(
@@ -249,8 +288,8 @@ def main() -> int:
     parser.add_argument("--no-crosscheck", action="store_true")
     options = parser.parse_args()
     options.only = options.only or list(KERNELS[options.kernel])
-    if unknown := set(options.only) - set(KERNELS[options.kernel]):
-        parser.error(f"--only {unknown}: choose from {list(KERNELS[options.kernel])}")
+    if reason := wrong(options):
+        parser.error(reason)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
@@ -272,7 +311,12 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(everything, indent=1))
     console.print(LEGEND)
-    return 0
+    compiled = [result for results in everything.values() for result in results.values()]
+    # A row that is not for the case (tokamax not installed) was not compiled.
+    failed = [r for r in compiled if not r["ok"] and r["why"] != "unsupported"]
+    if failed:
+        console.print(f"{len(failed)} of {len(compiled)} compilations failed")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python tools/certify_kernels.py --jobs 4     # all of it: hours, resumable
     python tools/certify_kernels.py --chip v4 --head-dim 128 --seq 4096 --heads 64/8
     python tools/certify_kernels.py --check 5    # compile 5 lines again and compare
+    python tools/certify_kernels.py --summary    # what --out holds; compiles nothing
 
 A shape of 4096 tokens is compiled with the candidates of kernel_cases.candidates in their order,
 until the compiler accepted one of each of --accept block sizes; the one with the fewest predicted
@@ -10,33 +11,45 @@ cycles, all masks together, is certified.
 Other lengths try candidates of that one's size first (below 4096 also their own first one, for
 which 4096 may have had no room), and are compiled all the same. Every result is kept as a line of
 --journal, so a second run compiles only what is missing: what was compiled from other kernel code
-(kernel_cases.fingerprint) or by another compiler is not taken from there.
+(kernel_cases.fingerprint) or by another compiler is not taken from there, and never stays in a
+table under a stamp that is not its own: such lines are left out by --drop_old alone.
 """
 
 import argparse
+import collections
 import dataclasses
+import datetime
 import importlib
 import importlib.metadata
 import itertools
 import json
 import queue
+import random
 import sys
 import threading
 from pathlib import Path
 
+from kernel_cases import HEAD_DIMS
 from lemur_kernels.attention import shapes
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tpu_compiler import compiling
+from tpu_compiler import arguments, compiling
 from tpu_compiler.cases import Case
 from tpu_compiler.topology import CHIPS
 from tpu_compiler.worker import Worker
 
 SEQUENCES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-HEAD_DIMS = (64, 80, 96, 128, 256)
 HEADS = ("8/1", "32/32", "64/8")
 DTYPES = ("bfloat16", "float32")
 DIRECTIONS = ("forward", "backward")
+MATRIX = {
+    "chip": tuple(CHIPS),
+    "head_dim": HEAD_DIMS,
+    "seq": SEQUENCES,
+    "heads": HEADS,
+    "dtype": DTYPES,
+    "direction": DIRECTIONS,
+}
 REFERENCE = 4096  # the length at which all candidates are compared
 BUILDER = "kernel_cases:build"
 
@@ -207,43 +220,71 @@ def certificate(case: Case, tried: list[tuple[dict, dict]]) -> shapes.Certificat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--seq", nargs="+", type=int, default=list(SEQUENCES))
-    parser.add_argument("--heads", nargs="+", default=list(HEADS), metavar="H/K")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
-    parser.add_argument("--jobs", type=int, default=1, help="compilers at a time")
-    parser.add_argument("--accept", type=int, default=3, help="block sizes to compare")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds of one compilation")
+    one = arguments.positive
+    parser.add_argument("--chip", nargs="+", choices=CHIPS)
+    parser.add_argument("--head-dim", nargs="+", type=one)
+    parser.add_argument("--seq", nargs="+", type=one)
+    parser.add_argument("--heads", nargs="+", type=arguments.heads, metavar="H/K")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS)
+    parser.add_argument("--jobs", type=one, default=1, help="compilers at a time")
+    parser.add_argument("--accept", type=one, default=3, help="block sizes to compare")
+    parser.add_argument("--timeout", type=one, default=900, help="seconds of one compilation")
     parser.add_argument("--journal", type=Path, default=Path("build/certify.jsonl"))
-    parser.add_argument("--check", type=int, metavar="N", help="compile N lines of --out again")
+    parser.add_argument("--check", type=one, metavar="N", help="compile N lines of --out again")
+    parser.add_argument("--seed", type=int, help="draws the lines of --check; of today when None")
+    parser.add_argument("--summary", action="store_true", help="print what --out holds")
+    parser.add_argument("--drop_old", action="store_true", help="leave lines of other code out")
     parser.add_argument("--out", type=Path, default=shapes.TABLE)
     parser.add_argument("--path", nargs="*", default=[], help=argparse.SUPPRESS)
     parser.add_argument("--builder", default=BUILDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     console = Console()
+    reads = options.summary or options.check is not None
+    if reads and not options.out.is_file():
+        parser.error(f"--out {options.out} is no table: certify without --check and --summary")
+    if not reads and not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: no directory {options.out.parent}: make it")
+    lines = [c for c in shapes.certificates(options.out) if chosen(c, options)] if reads else []
+    if reads and not lines:
+        parser.error(f"no line of {options.out} has all of the given --chip, --seq, ...")
+    if options.summary:
+        print("\n".join(summary(lines)))
+        return 0
     if reason := compiling.missing():
         console.print(reason)
         return 1
     sys.path[:0] = options.path
     builder = importlib.import_module(options.builder.split(":")[0])
-    options.made_with = {"kernels": builder.fingerprint()}
-    options.made_with |= {n: importlib.metadata.version(n) for n in ("jax", "libtpu")}
+    made_with = {"kernels": builder.fingerprint()}
+    made_with |= {n: importlib.metadata.version(n) for n in ("jax", "libtpu")}
+    options.made_with = made_with
     if options.check is not None:
-        return check(options, console)
-    attempts = run(groups(options), builder, options, console)
+        return check(lines, options, console)
+    for name, values in MATRIX.items():
+        setattr(options, name, getattr(options, name) or values)
+    matrix = groups(options)
+    table = shapes.certificates(options.out) if options.out.exists() else ()
+    left = {c.shape for c in table} - {_shape(case) for group in matrix for case in group}
+    same = options.out.exists() and shapes.stamp(options.out) == shapes.comment(made_with)
+    if left and not same and not options.drop_old:
+        parser.error(
+            f"{len(left)} lines of {options.out} that this run does not compile are of another "
+            f"make ({shapes.stamp(options.out)}; now {shapes.comment(made_with)}): compile all of "
+            "the table, write to another --out, or leave them out with --drop_old"
+        )
+    attempts = run(matrix, builder, options, console)
     found, refused = [], []
     for case, tried in attempts.items():
-        chosen = certificate(case, tried)
-        if chosen:
-            found.append(chosen)
+        certified = certificate(case, tried)
+        if certified:
+            found.append(certified)
         elif tried:
             refused.append((case, tried))
-    inside = {c.shape for c in found} | {_shape(case) for case, _ in refused}
-    if options.out.exists():  # lines of other shapes stay
-        found += [c for c in shapes.certificates(options.out) if c.shape not in inside]
-    options.out.write_text(shapes.table_text(found, options.made_with))
+    if same:  # lines of other shapes stay
+        inside = {c.shape for c in found} | {_shape(case) for case, _ in refused}
+        found += [c for c in table if c.shape not in inside]
+    options.out.write_text(shapes.table_text(found, made_with))
     console.print(f"{len(found)} certificates in {options.out}; {len(refused)} shapes refused")
     for case, tried in refused[:20]:
         reason = tried[-1][1]
@@ -251,13 +292,41 @@ def main() -> int:
     return 0
 
 
-def check(options: argparse.Namespace, console: Console) -> int:
-    """Compiles some of the table's programs again; 0 if each comes out as certified."""
-    table = shapes.certificates(options.out)
-    step = max(1, len(table) // max(1, options.check))
+def chosen(c: shapes.Certificate, options: argparse.Namespace) -> bool:
+    """Whether a line passes the filters that were given."""
+    s = c.shape
+    values = {name: getattr(s, name) for name in MATRIX} | {"heads": f"{s.heads}/{s.kv_heads}"}
+    return all(values[n] in (getattr(options, n) or [values[n]]) for n in MATRIX)
+
+
+def summary(lines: list[shapes.Certificate]) -> list[str]:
+    """What a table holds, a line for each head_dim, dtype and seq."""
+    parts = collections.defaultdict(list)
+    for c in lines:
+        parts[c.shape.head_dim, c.shape.dtype, c.shape.seq].append(c.shape)
+    found = []
+    for (head_dim, dtype, seq), inside in sorted(parts.items()):
+        heads = dict.fromkeys(f"{s.heads}/{s.kv_heads}" for s in inside)
+        chips = dict.fromkeys(s.chip for s in inside)
+        directions = dict.fromkeys(s.direction for s in inside)
+        full = len(heads) * len(chips) * len(directions)
+        found.append(
+            f"head_dim {head_dim} {dtype} seq {seq}: {len(inside)} of {full} = {', '.join(chips)} "
+            f"x heads {', '.join(heads)} x {', '.join(directions)}"
+        )
+    return found
+
+
+def check(lines: list[shapes.Certificate], options, console: Console) -> int:
+    """Compiles some of these programs again; 0 if each comes out as certified."""
+    seed = options.seed
+    if seed is None:
+        seed = int(datetime.date.today().strftime("%Y%m%d"))
+    sample = random.Random(seed).sample(lines, min(options.check, len(lines)))
+    console.print(f"{len(sample)} of {len(lines)} lines, --seed {seed}")
     worker, different = Worker(tuple(options.path)), 0
     try:
-        for c in table[step // 2 :: step][: options.check]:
+        for c in sample:
             s = c.shape
             case = Case(
                 chip=s.chip,

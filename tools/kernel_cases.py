@@ -3,6 +3,8 @@ counts out. The only file of the tools that knows the kernel package."""
 
 from tpu_compiler.cases import Built, Case, segment_ids
 
+HEAD_DIMS = (64, 80, 96, 128, 256)  # what the attention kernels are certified for, on some chip
+
 
 def build(case: Case) -> Built:
     """The project's kernel for the case.
@@ -25,8 +27,45 @@ def candidates(case: Case) -> list[dict]:
     return [dataclasses.asdict(tiling) for tiling in _proposals(case, case.direction)]
 
 
+def refused(case: Case) -> str | None:
+    """Why there is nothing to compile for a case, before any compiler starts; None: there is."""
+    try:
+        if case.kernel == "cross_entropy":
+            from lemur_kernels.cross_entropy.blocks import choose
+
+            sizes = dict(case.sizes)
+            choose(case.chip, case.seq, sizes["embed"], sizes["vocab"], case.dtype)
+    except ValueError as error:
+        return str(error)
+    if case.kernel != "attention":
+        return None
+    if case.head_dim not in HEAD_DIMS:
+        return f"head_dim={case.head_dim} is none of {', '.join(map(str, HEAD_DIMS))}"
+    for direction in ("forward", "backward"):
+        if not _proposals(case, direction):
+            return (
+                f"heads={case.heads}, kv_heads={case.kv_heads}, head_dim={case.head_dim}, "
+                f"seq={case.seq}: no blocks fit {case.chip}"
+            )
+    return None
+
+
+def block_names() -> list[str]:
+    """What `case.blocks` may name: fields of the kernel's Tiling, of both directions or of one."""
+    import dataclasses
+
+    from lemur_kernels.attention.tilings import Tiling
+
+    fields = [field.name for field in dataclasses.fields(Tiling)]
+    return [*fields, *(f"{side}_{f}" for side in ("forward", "backward") for f in fields)]
+
+
 def fingerprint() -> str:
-    """Changes when the code of the TPU attention kernels does; comments and layout do not count."""
+    """Changes when the code that the compiled programs are made of does: the kernels and their
+    block list; comments and layout do not count. What XLA does around them (pallas_tpu.py) may
+    change without hours of compilation. Comparable on one Python version only, as ast.dump is:
+    3.11, which the pinned libtpu is installed for.
+    """
     import ast
     import hashlib
     from pathlib import Path
@@ -34,16 +73,8 @@ def fingerprint() -> str:
     import lemur_kernels.attention as package
 
     folder = Path(package.__file__).parent
-    code = [
-        ast.dump(ast.parse((folder / name).read_text()))
-        for name in (
-            "mask.py",
-            "steps.py",
-            "tpu_forward.py",
-            "tpu_backward.py",
-            "pallas_tpu.py",
-        )
-    ]
+    names = ("steps.py", "tpu_forward.py", "tpu_backward.py")
+    code = [ast.dump(ast.parse((folder / name).read_text())) for name in names]
     return hashlib.sha256("".join(code).encode()).hexdigest()[:12]
 
 

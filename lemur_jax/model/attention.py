@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from lemur_kernels.attention import attention
+from lemur_kernels.attention import attention, shapes
 from lemur_kernels.attention.gather import gather_attention
 from lemur_kernels.attention.ring import ring_attention
 
@@ -19,8 +19,18 @@ from lemur_jax import sharding
 from lemur_jax.config import ConfigError, ModelConfig
 
 
-def resolve_implementation(config: ModelConfig, backend: str) -> str:
+def resolve_implementation(
+    config: ModelConfig,
+    backend: str,
+    *,
+    device_kind: str | None = None,
+    tensor: int = 1,
+    tokens: int = 1,
+) -> str:
     """The kernel that "auto" means on a backend ("cpu", "gpu", "tpu"), decided before tracing.
+
+    Args:
+      device_kind, tensor, tokens: as `outside_table`, on a TPU.
 
     Raises:
       ConfigError: a named kernel does not exist on this backend.
@@ -40,21 +50,66 @@ def resolve_implementation(config: ModelConfig, backend: str) -> str:
     # skips blocks by segment, which cuDNN cannot. Neither was measured, so it has to be named.
     if backend == "gpu" and config.dtype != "float32":
         return "cudnn"
-    if backend == "tpu" and config.dtype != "float16":  # a TPU's matrix unit has no float16 form
-        return "pallas_tpu"
+    if backend == "tpu":
+        shape = {"device_kind": device_kind, "tensor": tensor, "tokens": tokens}
+        return "chunked" if outside_table(config, backend, **shape) else "pallas_tpu"
     return "chunked"
 
 
-def describe(config: ModelConfig, sequence_ways: int) -> str:
+def outside_table(
+    config: ModelConfig, backend: str, *, device_kind: str | None, tensor: int = 1, tokens: int = 1
+) -> str | None:
+    """Why "auto" is not "pallas_tpu" on a TPU, whose kernels are compiled ahead for some shapes.
+
+    Args:
+      config: with `attention` unresolved.
+      device_kind: `jax.Device.device_kind`; None asks for the dtype alone.
+      tensor: ways that heads are split; each device has its own, as `self_attention` gives them.
+      tokens: of the longest row of keys that a kernel call sees.
+
+    Returns:
+      None where the kernels run, and where nobody asked for "auto" on a TPU.
+    """
+    if config.attention != "auto" or backend != "tpu":
+        return None
+    if config.dtype == "float16":
+        return "a TPU's matrix unit has no float16 form"
+    if device_kind is None:
+        return None
+    try:
+        for direction in ("forward", "backward"):
+            shape = shapes.Shape(
+                chip=shapes.chip_of(device_kind),
+                direction=direction,
+                dtype=config.dtype,
+                head_dim=config.head_dim,
+                heads=max(1, config.heads // tensor),
+                kv_heads=max(1, config.kv_heads // tensor),  # 1: see _spread_kv_heads
+                seq=tokens,
+            )
+            shapes.certificate_for(shape)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def describe(config: ModelConfig, sequence_ways: int, reason: str | None = None) -> str:
     """How attention is computed, for a line at the start of a run.
 
     Args:
       config: with `attention` resolved.
       sequence_ways: how many devices share a row.
+      reason: of `outside_table`.
     """
-    if sequence_ways == 1:
-        return config.attention
-    return f"{config.attention}, {config.sequence_attention} over {sequence_ways} parts of a row"
+    found = config.attention
+    if sequence_ways > 1:
+        found += f", {config.sequence_attention} over {sequence_ways} parts of a row"
+    return f"{found} ({reason})" if reason else found
+
+
+def row_tokens(config: ModelConfig, sequence_length: int, sequence_ways: int) -> int:
+    """Tokens of the longest row of keys that a kernel call sees in training."""
+    return sequence_length // (sequence_ways if config.sequence_attention == "ring" else 1)
 
 
 def self_attention(

@@ -38,7 +38,14 @@ def sampling_config(
       ConfigError: the dtype is unknown, or the config names a kernel that this backend lacks.
     """
     dtype = dtype or config.dtype
-    config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype, remat="none")
+    config = dataclasses.replace(
+        config,
+        dtype=dtype,
+        param_dtype=dtype,
+        remat="none",
+        remat_saved=(),
+        remat_offloaded=(),
+    )
     kernel = attention.resolve_implementation(config, backend or jax.default_backend())
     return dataclasses.replace(config, attention=kernel)
 

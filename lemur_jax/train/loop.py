@@ -18,7 +18,6 @@ from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
-from lemur_jax.model.attention import describe
 from lemur_jax.train import ahead, programs, saved
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train.optimizer import optimizer
@@ -70,19 +69,15 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
 
     # ----- mesh ------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
+    config = dataclasses.replace(config, mesh=sharding.resolve_mesh(config.mesh, mesh.size))
     rows = config.data.batch_size // config.micro_batches
     sharding.check(
-        config.model,
-        sharding.resolve_mesh(config.mesh, mesh.size),
-        rows=rows,
-        sequence_length=config.data.sequence_length,
+        config.model, config.mesh, rows=rows, sequence_length=config.data.sequence_length
     )
+    attention = programs.describe_attention(config, jax.devices()[0])
     config = programs.resolve(config, jax.devices()[0])
     shown = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    report(
-        f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); "
-        f"attention: {describe(config.model, mesh.shape[sharding.mesh_axis('length')])}"
-    )
+    report(f"mesh: {mesh.size} x {jax.devices()[0].device_kind} ({shown}); attention: {attention}")
     report(f"loss: {config.loss.implementation}")
 
     # ----- data ------------------------------------------------------------------------------

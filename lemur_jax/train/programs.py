@@ -9,7 +9,7 @@ import mmap
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from lemur_jax import sharding
 from lemur_jax.config import ConfigError, TrainConfig
 from lemur_jax.data.pipeline import Batch
 from lemur_jax.model import param
+from lemur_jax.model.attention import describe, outside_table, row_tokens
 from lemur_jax.model.attention import resolve_implementation as resolve_attention
 from lemur_jax.train.loss import LossSums, loss_sums
 from lemur_jax.train.loss import resolve_implementation as resolve_loss
@@ -30,16 +31,35 @@ from lemur_jax.train.step import make_step
 def resolve(config: TrainConfig, device: jax.Device) -> TrainConfig:
     """The config with "auto" replaced by what it means on a device, attached or not.
 
+    Args:
+      config: with a resolved mesh.
+
     Raises:
       ConfigError: a named kernel does not exist there.
     """
-    attention = resolve_attention(config.model, device.platform)
+    attention = resolve_attention(config.model, device.platform, **_kernel_shape(config, device))
     loss = resolve_loss(config.loss, device)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention=attention),
         loss=dataclasses.replace(config.loss, implementation=loss),
     )
+
+
+def describe_attention(config: TrainConfig, device: jax.Device) -> str:
+    """What `resolve` makes of the attention of a config, and why where that is not the fastest."""
+    reason = outside_table(config.model, device.platform, **_kernel_shape(config, device))
+    resolved = resolve(config, device)
+    return describe(resolved.model, config.mesh.sequence, reason)
+
+
+def _kernel_shape(config: TrainConfig, device: jax.Device) -> dict[str, Any]:
+    length, ways = config.data.sequence_length, config.mesh.sequence
+    return {
+        "device_kind": device.device_kind,
+        "tensor": config.mesh.tensor,
+        "tokens": row_tokens(config.model, length, ways),
+    }
 
 
 def options(config: TrainConfig) -> dict[str, str]:

@@ -5,7 +5,8 @@
 
 The first says what the compiler accepts, with its VMEM and HBM; the second also predicts time: our
 kernel by its final schedule, XLA's operations by the static cost model in a folder of tpu_cost
-scripts (hlocost.py). Nothing here is measured on a TPU.
+scripts (hlocost.py; optional reference material of the project's authors). Nothing here is measured
+on a TPU.
 """
 
 import argparse

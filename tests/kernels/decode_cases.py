@@ -78,7 +78,7 @@ class Problem(NamedTuple):
             "window": self.case.window,
             "soft_cap": self.case.soft_cap,
         } | changes
-        names = ("window", "soft_cap", "interpret")
+        names = ("window", "soft_cap", "scale", "interpret")
         static = {name: arguments.pop(name) for name in names if name in arguments}
         q, kv = arguments.pop("q_BNHD"), arguments.pop("kv_pages_PKZC")
         return np.asarray(jitted(implementation, tuple(static.items()))(q, kv, **arguments))

@@ -11,9 +11,9 @@ import lemur_kernels.attention.chunked as chunked
 import numpy as np
 import pytest
 from attention_float64 import float64, packed_rows, qkv
-from lemur_kernels.attention import attention, attention_with_lse
+from lemur_kernels.attention import api, attention, attention_with_lse
 from lemur_kernels.attention.api import SAVED_NAMES
-from lemur_kernels.attention.mask import Options
+from lemur_kernels.attention.mask import Options, Rows
 
 ON_CPU = ("reference", "chunked")
 # f32 sums of at most 300 terms of order one, in another order than float64's.
@@ -38,6 +38,16 @@ def small_blocks(monkeypatch):
 
 def attend(q, k, v, positions, segments, implementation, packed=True, **kw):
     return jitted(
+        q, k, v,
+        q_positions_BT=positions, kv_positions_BS=kw.pop("kv_positions", positions),
+        q_segments_BT=segments, kv_segments_BS=kw.pop("kv_segments", segments),
+        packed=packed, implementation=implementation, **kw,
+    )  # fmt: skip
+
+
+def attend_now(q, k, v, positions, segments, implementation, packed=True, **kw):
+    """Not jitted: static arguments of any type."""
+    return attention(
         q, k, v,
         q_positions_BT=positions, kv_positions_BS=kw.pop("kv_positions", positions),
         q_segments_BT=segments, kv_segments_BS=kw.pop("kv_segments", segments),
@@ -338,7 +348,21 @@ def test_chunked_memory_is_linear_in_the_length(monkeypatch):
         ({"implementation": "auto"}, "'auto' is unknown"),
         ({"window": 0}, "window=0 must be an integer from 1 on"),
         ({"window": 2.0}, "window=2.0 must be an integer"),
-        ({"soft_cap": -1.0}, "soft_cap=-1.0 must be a positive number"),
+        ({"window": True}, "window=True must be an integer"),
+        ({"soft_cap": -1.0}, "soft_cap=-1.0 must be a finite number above 0 or None for no cap"),
+        ({"soft_cap": np.inf}, "soft_cap=inf must be a finite number above 0"),
+        ({"soft_cap": "2"}, "soft_cap='2' must be a finite number"),
+        ({"scale": np.nan}, "scale=nan must be a finite number"),
+        ({"scale": True}, "scale=True must be a finite number"),
+        ({"packed": 1}, "packed=1 must be True or False"),
+        ({"dtype": jnp.int32}, "q_BTHD is int32; pass float32 or bfloat16 or float16"),
+        ({"dtype": jnp.float8_e4m3fn}, "q_BTHD is float8_e4m3fn; pass float32"),
+        ({"empty": "H"}, r"q_BTHD \[2, 40, 0, 8\] is empty: H=0 must be at least 1"),
+        ({"empty": "T"}, "q_BTHD .* is empty: T=0"),
+        ({"empty": "D"}, "q_BTHD .* is empty: D=0"),
+        ({"empty": "K"}, "k_BSKD .* is empty: K=0"),
+        ({"empty": "S"}, "k_BSKD .* is empty: S=0"),
+        ({"segments": None}, r"q_segments_BT is None; pass integers \[2, 40\]"),
         ({"implementation": "cudnn"}, "needs an NVIDIA GPU, the backend is 'cpu'"),
         ({"packed": True, "T": 3}, "T=3, S=40: pass packed=False"),
         ({"H": 5}, "heads=5 must be a multiple of kv_heads=2"),
@@ -348,17 +372,66 @@ def test_chunked_memory_is_linear_in_the_length(monkeypatch):
     ],
 )
 def test_errors_name_the_value_and_the_fix(change, message):
-    """Red when: a check is removed from api._check or cudnn._check."""
+    """Red when: a check is removed from api.checked or cudnn._check."""
     T = change.get("T", 40)
     q, k, v, _ = qkv(T=T, S=40, H=change.get("H", 6))
     if "k_batch" in change:
         k, v = (jnp.concatenate([x, x[:1]]) for x in (k, v))
+    if "dtype" in change:
+        q, k, v = (x.astype(change["dtype"]) for x in (q, k, v))
+    if (axis := change.get("empty", "x")) in "THD":
+        q = jnp.take(q, jnp.zeros(0, int), "BTHD".index(axis))
+    if axis in "SK":
+        k, v = (jnp.take(x, jnp.zeros(0, int), "BSKD".index(axis)) for x in (k, v))
     positions, segments = packed_rows([T], [T], T=T)
     with pytest.raises(ValueError, match=message):
-        attend(
+        attend_now(
             q, k.astype(change.get("k_dtype", k.dtype)), v,
             positions, change.get("segments", segments),
             change.get("implementation", "chunked"), change.get("packed", True),
             kv_positions=jnp.zeros((2, 40), jnp.int32), kv_segments=jnp.ones((2, 40), jnp.int32),
-            window=change.get("window"), soft_cap=change.get("soft_cap"),
+            window=change.get("window"), soft_cap=change.get("soft_cap"), scale=change.get("scale"),
         )  # fmt: skip
+
+
+def test_numbers_of_numpy_are_taken():
+    """Red when: arguments.integer or number asks for Python's own types."""
+    options = api.checked(
+        *qkv(B=1)[:3], Rows(*(jnp.ones((1, 40), jnp.int32),) * 4), np.bool_(True),
+        np.float32(0.5), np.int64(7), np.float64(2),
+    )  # fmt: skip
+    assert options == Options(packed=True, scale=0.5, window=7, soft_cap=2.0)
+    assert hash(options) and type(options.window) is int and type(options.packed) is bool
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
+@pytest.mark.parametrize("twice", [jax.grad, jax.jacfwd], ids=["reverse", "forward"])
+def test_a_second_derivative_is_an_error(implementation, twice):
+    """Red when: differentiable_once goes from _attend_backward: the result would be wrong, as lse's
+    cotangent is dropped."""
+    q, k, v, _ = qkv(B=1, T=8, H=2, K=1, D=4)
+    rows = packed_rows([8], T=8)
+
+    def loss(q, k):
+        return jnp.sum(attend_now(q, k, v, *rows, implementation) ** 2)
+
+    gradient = jax.jit(jax.grad(loss))
+    with pytest.raises(NotImplementedError, match="attention is differentiable once"):
+        jax.eval_shape(twice(lambda k: jnp.sum(gradient(q, k) ** 2)), k)
+    other = jax.grad(lambda x: jnp.sum(gradient(q, k)) * x)
+    jax.eval_shape(other, 1.0)  # of something else
+
+
+def test_any_segment_but_the_reserved_one_is_a_document():
+    """Red when: 0 is not the only padding. Negative segments, and the largest."""
+    q, k, v, dout = qkv(B=1)
+    positions, segments = packed_rows([12, 12, 12], T=40)
+    names = jnp.asarray([0, -1, 2**31 - 1, -(2**31) + 1], jnp.int32)
+    for implementation in ON_CPU:
+        for packed in (True, False):
+            want = everything(implementation, q, k, v, dout, positions, segments, packed=packed)
+            named = everything(
+                implementation, q, k, v, dout, positions, names[segments], packed=packed
+            )
+            for a, b in zip(want, named):
+                assert np.array_equal(a, b)

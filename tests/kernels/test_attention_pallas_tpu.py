@@ -122,6 +122,16 @@ def test_rows_that_are_not_packed(case):
     assert not got.out[1].any() and not any(x[1].any() for x in got[2:5])
 
 
+def test_padding_matches_no_segment_that_a_user_may_have():
+    """Red when: marks give padding a segment that a key may have, as -1."""
+    names = jnp.asarray([0, -1, 2**31 - 1, -(2**31) + 1], jnp.int32)
+    rows = unpacked_rows(4, 41, 100)
+    rows = rows._replace(
+        q_segments_BT=names[rows.q_segments_BT], kv_segments_BS=names[rows.kv_segments_BS]
+    )
+    check(*UNPACKED["soft cap"], qkv(B=2, T=41, S=100, H=4, K=2, D=D, seed=4), rows, F32)
+
+
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_bf16(is_packed):
     """Red when: results leave in f32, or probabilities are summed after rounding (lse would be off

@@ -221,3 +221,24 @@ def test_what_the_gather_communicates():
     assert "stablehlo.all_reduce" not in text
     sums = re.findall(r"\(tensor<3x64x2x8xf32>\) -> tensor<3x16x2x8xf32>", text)
     assert len(sums) == 2  # all keys in, this device's out
+
+
+@pytest.mark.parametrize("form", ["ring", "gather"])
+def test_a_second_derivative_is_an_error(form):
+    """Red when: differentiable_once goes from the form's _backward."""
+    q, k, v, _ = qkv()
+    mesh = jax.sharding.Mesh(jax.devices()[:DEVICES], ("x",))
+    attend = {
+        "ring": functools.partial(ring_attention, packed=True),
+        "gather": gather_attention,
+    }[form]
+
+    def local(q, k, v, positions, segments):
+        rows = rows_of(positions, segments)
+        return attend(q, k, v, **rows, implementation="reference", axis_name="x")
+
+    cut = jax.P(None, "x")
+    whole = jax.shard_map(local, mesh=mesh, in_specs=(cut,) * 5, out_specs=cut)
+    gradient = jax.grad(lambda q: jnp.sum(whole(q, k, v, POSITIONS, SEGMENTS) ** 2))
+    with pytest.raises(NotImplementedError, match="attention is differentiable once"):
+        jax.eval_shape(jax.grad(lambda q: jnp.sum(gradient(q) ** 2)), q)

@@ -196,17 +196,87 @@ def test_full_logits_never_exist():
     ("change", "message"),
     [
         ({"implementation": "auto"}, "'auto' is unknown"),
-        ({"valid": 101}, "valid_vocab=101 must be in 1..100"),
-        ({"chunk_tokens": 0}, "chunk_tokens=0 must be at least 1"),
+        ({"valid": 101}, r"valid_vocab=101 must be in 1..100 \(the columns of w\)"),
+        ({"valid": 90.0}, "valid_vocab=90.0 must be in 1..100"),
+        ({"valid": True}, "valid_vocab=True must be in 1..100"),
+        ({"chunk_tokens": 0}, "chunk_tokens=0 must be an integer from 1 on"),
+        ({"chunk_tokens": True}, "chunk_tokens=True must be an integer from 1 on"),
+        ({"chunk_tokens": 8.0}, "chunk_tokens=8.0 must be an integer"),
+        ({"z_loss": -1e-4}, "z_loss=-0.0001 must be a finite number from 0 on"),
+        ({"z_loss": float("nan")}, "z_loss=nan must be a finite number"),
+        ({"z_loss": None}, "z_loss=None must be a finite number"),
+        ({"x": jnp.zeros((B, T, E), jnp.int32)}, "x_BTE is int32; pass float32 or bfloat16 or f"),
+        ({"x": jnp.zeros((B, 0, E))}, r"x_BTE \[3, 0, 32\] is empty: T=0 must be at least 1"),
+        ({"w": jnp.zeros((E, V), jnp.int8)}, "w_EV is int8"),
+        ({"w": jnp.zeros(E)}, r"w_EV has shape \[32\]; pass \[E,V\]"),
+        ({"w": jnp.zeros((E, 0))}, "w_EV .* is empty: V=0"),
+        ({"weights": jnp.zeros((B, T), complex)}, "weights_BT is complex64"),
+        ({"weights": None}, r"weights_BT is None; pass an array \[B,T\]"),
+        ({"targets": None}, r"targets_BT is None"),
         ({"w": jnp.zeros((7, V))}, r"x \[B,T,E\] and w \[E,V\]"),
         ({"w": jnp.zeros((E, V), jnp.bfloat16)}, "share a dtype"),
-        ({"targets": jnp.zeros((B, 2), jnp.int32)}, "targets_BT has shape"),
-        ({"targets": jnp.zeros((B, T))}, "targets_BT is float32; pass integers"),
+        ({"targets": jnp.zeros((B, 2), jnp.int32)}, r"targets_BT is int32\[3, 2\]; pass int"),
+        (
+            {"targets": jnp.zeros((B, T))},
+            r"targets_BT is float32\[3, 50\]; pass integers \[3, 50\]",
+        ),
     ],
 )
 def test_errors_name_the_value_and_the_fix(change, message):
     """Red when: a check is removed from api.cross_entropy."""
     x, w, targets, weights = inputs()
-    w, targets = change.pop("w", w), change.pop("targets", targets)
+    arrays = {"x": x, "w": w, "targets": targets, "weights": weights}
+    arrays = {name: change.pop(name, value) for name, value in arrays.items()}
     with pytest.raises(ValueError, match=message):
-        call(**({"implementation": "chunked"} | change))(x, w, targets, weights)
+        call(**({"implementation": "chunked"} | change))(*arrays.values())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numbers_of_numpy_are_taken(implementation):
+    """Red when: arguments.integer or number asks for Python's own types."""
+    args = inputs()
+    plain = call(implementation, 0.5, 16)(*args)
+    of_numpy = call(implementation, np.float32(0.5), np.int64(16), np.int32(VALID))(*args)
+    assert plain.loss == of_numpy.loss and plain.z_loss == of_numpy.z_loss
+
+
+@pytest.mark.parametrize("wrong", [-1, VALID, V, 2**31 - 1])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_target_out_of_range_is_nan_unless_its_weight_is_zero(implementation, wrong):
+    """Red when: such an id is clamped (a plausible loss), or makes a NaN at weight 0."""
+    x, w, targets, weights = inputs()
+    weights = weights.at[1].set(0).at[0, 0].set(1)
+
+    @jax.jit
+    def both(targets):
+        def loss(x, w):
+            out = call(implementation, 1e-2)(x, w, targets, weights)
+            return out.loss, out
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, w)
+
+    (_, want), gradients = both(targets)
+    (_, hidden), same = both(targets.at[1].set(wrong))
+    assert hidden.loss == want.loss and hidden.z_loss == want.z_loss
+    assert np.all(np.isfinite(hidden.nll_BT))
+    for a, b in zip(same, gradients):
+        assert np.array_equal(a, b)
+    (_, out), (dx, dw) = both(targets.at[0, 0].set(wrong))
+    assert np.isnan(out.loss) and np.isnan(out.nll_BT[0, 0])
+    assert np.array_equal(out.nll_BT[2], want.nll_BT[2])
+    assert np.isnan(dx[0, 0]).all() and np.isnan(dw).any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_columns_of_padding_never_matter(implementation):
+    """Red when: padding columns reach log Z (finite of any size)."""
+    x, w, targets, weights = inputs()
+    run = jax.jit(
+        jax.value_and_grad(
+            lambda x, w: sum(call(implementation, 1e-2)(x, w, targets, weights)[:2]), (0, 1)
+        )
+    )
+    want, (dx, dw) = run(x, w)
+    got, (dx_padded, dw_padded) = run(x, w.at[:, VALID:].set(1e30))
+    assert got == want and np.array_equal(dx, dx_padded) and np.array_equal(dw, dw_padded)
+    assert not np.any(dw[:, VALID:])

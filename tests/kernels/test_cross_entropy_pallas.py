@@ -62,6 +62,44 @@ def call(z_loss=0.0, chunk_tokens=T, interpret=True):
     )
 
 
+def test_the_gradient_is_not_differentiated_again():
+    """Red when: no_derivative goes from _project."""
+    args = inputs(1)
+
+    def loss(x):
+        return call()(x, *args[1:]).loss
+
+    gradient = jax.grad(loss)
+    with pytest.raises(NotImplementedError, match="'pallas_tpu' is differentiable once"):
+        jax.eval_shape(jax.grad(lambda x: jnp.sum(gradient(x) ** 2)), args[0])
+
+
+def test_a_chip_without_a_tpu_is_an_error_when_it_is_compiled():
+    """Red when: needs_tpu goes from _project: Pallas would speak of interpret mode alone."""
+    x, *rest = inputs(1)
+    f = jax.jit(lambda x: call(interpret=False)(x, *rest).loss)
+    with pytest.raises(ValueError, match="cross_entropy .* needs a TPU.*implementation='chunked'"):
+        f.lower(x)
+    with pytest.raises(ValueError, match="x_BTE is float16; pass float32 or bfloat16"):
+        call()(x.astype(jnp.float16), *rest)
+
+
+def test_a_target_out_of_range_is_nan_unless_its_weight_is_zero():
+    """Red when: such an id is clamped, or makes a NaN at weight 0; padding columns matter."""
+    x, w, targets, weights = inputs(1)
+    weights = weights.at[0].set(0).at[1, 0].set(1)
+    f = call(1e-2)
+    want, gradients = value_and_gradients(f, (x, w, targets, weights))
+    w = w.at[:, VALID:].set(1e30)
+    hidden, same = value_and_gradients(f, (x, w, targets.at[0].set(VALID), weights))
+    assert hidden.loss == want.loss and hidden.z_loss == want.z_loss
+    for a, b in zip(same, gradients):
+        assert np.array_equal(a, b)
+    for wrong in (-1, VALID):
+        out, (dx, _) = value_and_gradients(f, (x, w, targets.at[1, 0].set(wrong), weights))
+        assert np.isnan(out.loss) and np.isnan(out.nll_BT[1, 0]) and np.isnan(dx[1, 0]).all()
+
+
 def value_and_gradients(f, args):
     def total(x, w):
         out = f(x, w, *args[2:])

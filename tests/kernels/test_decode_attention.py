@@ -208,6 +208,39 @@ def test_items_cover_every_pair_once_and_balance_the_cores(K, window):
     assert max(too_long.high) == M  # never past the end of the table
 
 
+@pytest.mark.parametrize("implementation", ["reference", "gathered", "pallas_tpu"])
+def test_no_derivative(implementation):
+    """Red when: no_derivative goes from the public function, or leaves an argument out."""
+    p = problem(Case((40, 3)))
+    interpret = {"interpret": True} if implementation == "pallas_tpu" else {}
+
+    arrays = {
+        "q_BNHD": jnp.asarray(p.q),
+        "kv_pages_PKZC": p.pages["kv_pages_PKZC"],
+        "page_table_BM": jnp.asarray(p.table),
+        "lengths_B": jnp.asarray(p.lengths),
+    }
+
+    def total(given):
+        return decode_attention(
+            **(arrays | given), implementation=implementation, **interpret
+        ).sum()
+
+    for given in ({name: arrays[name]} for name in ("q_BNHD", "kv_pages_PKZC")):
+        with pytest.raises(NotImplementedError, match="decode_attention is not differentiable"):
+            jax.eval_shape(jax.grad(total), given)
+    jax.eval_shape(jax.grad(lambda x: x * total({})), 1.0)  # no tangent comes here
+
+
+def test_a_page_with_a_nan_reads_as_nan():
+    """What quantize documents."""
+    pages = jnp.zeros((2, 1, 16, 128)).at[1, 0, 3, 5].set(jnp.nan)
+    int8, k_scales, v_scales = quantize(pages, 64)
+    keys, values = split(int8.astype(jnp.float32), 64)
+    assert np.isnan(keys[1] * k_scales[1, 0]).all() and not np.any(values[1] * v_scales[1, 0])
+    assert not np.any(keys[0] * k_scales[0, 0])
+
+
 def test_errors_name_the_field_and_the_fix():
     """Each check of the public function; red when one is removed."""
     p = problem(Case((40, 3)))
@@ -228,8 +261,31 @@ def test_errors_name_the_field_and_the_fix():
         p.run("reference", **quantized | {"v_scales_PK": jnp.zeros(3)})
     with pytest.raises(ValueError, match="lengths_B is float32"):
         p.run("reference", lengths_B=jnp.zeros(2))
-    with pytest.raises(ValueError, match="window=0 must be positive"):
-        p.run("reference", window=0)
+    for name, value, message in (
+        ("window", 0, "window=0 must be an integer from 1 on or None"),
+        ("window", 2.0, "window=2.0 must be an integer"),
+        ("window", True, "window=True must be an integer"),
+        ("soft_cap", 0, "soft_cap=0 must be a finite number above 0 or None"),
+        ("soft_cap", np.inf, "soft_cap=inf must be a finite number"),
+        ("scale", np.nan, "scale=nan must be a finite number"),
+        ("scale", "1", "scale='1' must be a finite number"),
+        ("page_table_BM", jnp.zeros(2, jnp.int32), r"page_table_BM has shape \[2\]; pass \[B,M\]"),
+        ("page_table_BM", jnp.int32(0), r"page_table_BM has shape \[\]; pass \[B,M\]"),
+        ("page_table_BM", jnp.zeros((2, 0), jnp.int32), "is empty: M=0"),
+        ("page_table_BM", None, "page_table_BM is None"),
+        ("lengths_B", None, r"lengths_B is None; pass int32 \[2\]"),
+        ("kv_pages_PKZC", jnp.zeros((0, 2, 16, 128)), "kv_pages_PKZC .* is empty: P=0"),
+        ("q_BNHD", jnp.zeros((2, 1, 8, 64), jnp.float16), "q_BNHD is float16; pass float32 or"),
+        ("q_BNHD", jnp.zeros((2, 0, 8, 64)), "q_BNHD .* is empty: N=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            p.run("gathered", **{name: value})
+    with pytest.raises(ValueError, match=r"k_D is float32\[3, 64\], v_D is float32\[3, 32\]"):
+        join(jnp.zeros((3, 64)), jnp.zeros((3, 32)))
+    with pytest.raises(ValueError, match="k_D is float32.* v_D is bfloat16"):
+        join(jnp.zeros((3, 64)), jnp.zeros((3, 64), jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"head_dim, the last axis, is 1..256"):
+        join(jnp.zeros((3, 257)), jnp.zeros((3, 257)))
     with pytest.raises(ValueError, match="interpret is for 'pallas_tpu'"):
         p.run("gathered", interpret=True)
     with pytest.raises(ValueError, match="head_dim=320 must be in 1..256"):

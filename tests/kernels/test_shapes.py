@@ -1,6 +1,7 @@
 """The table of certified shapes: what is read is what was written; outside of it, what to do."""
 
 import dataclasses
+import re
 
 import pytest
 from lemur_kernels.attention import shapes
@@ -82,17 +83,50 @@ def test_a_shape_takes_the_nearest_certificate_that_holds_it(path, fields, expec
         ({"dtype": "float16"}, "dtype=float16 .*nearest supported: bfloat16, float32; cast"),
         ({"head_dim": 80}, "head_dim=80 .*nearest supported: 128; pad q, k and v with zeros"),
         ({"head_dim": 320}, "head_dim=320 .*nearest supported: 256;"),
-        ({"heads": 32}, "heads / kv_heads=4 .*nearest supported: 8; repeat the kv heads"),
-        ({"heads": 12, "kv_heads": 12}, "heads=12 .*nearest supported: 8; use a multiple"),
+        (
+            {"heads": 32},
+            "heads / kv_heads=4 .*nearest supported: 1; repeat each kv head 4 times, 32 in all",
+        ),
+        (
+            {"heads": 32, "kv_heads": 2},
+            "heads / kv_heads=16 .*nearest supported: 8; repeat each kv head 2 times, 4 in all",
+        ),
+        (
+            {"heads": 32, "chip": "v6e"},
+            r"heads / kv_heads=4 .*none \(8 cannot be reached by repeating kv heads\); certify it",
+        ),
+        (
+            {"heads": 12, "kv_heads": 12},
+            "heads=12 .*nearest supported: 16; pad heads to 16 with zeros, kv heads to 16",
+        ),
         ({"seq": 9000}, "seq=9000 .*nearest supported: 8192; split the row"),
         ({"direction": "backward", "seq": 8192}, "seq=8192 .*nearest supported: 4096;"),
         ({"chip": "v6e", "head_dim": 64}, "head_dim=64 .*nearest supported: 128;"),
     ],
 )
 def test_outside_the_table_is_an_error_that_helps(path, fields, message):
-    """Red if a shape outside runs with the nearest one's blocks instead."""
+    """Red if a shape outside runs with the nearest one's blocks instead, or a fix is none: a ratio
+    that repeating does not reach, fewer heads than there are."""
     with pytest.raises(ValueError, match=message):
         shapes.certificate_for(dataclasses.replace(SHAPE, **fields), path)
+
+
+@pytest.mark.parametrize("fields", [{"heads": 24, "kv_heads": 3}, {"heads": 5, "kv_heads": 5}])
+def test_padding_heads_as_told_is_certified(path, fields):
+    """Red if the padded heads leave the ratio or a step's multiples."""
+    asked = dataclasses.replace(SHAPE, **fields)
+    table = [
+        _certificate(blocks={"block": 512, "heads": 16}),
+        _certificate(heads=12, kv_heads=12, blocks={"block": 512, "heads": 6}),
+    ]
+    path.write_text(shapes.table_text(table, {}))
+    shapes.certificates.cache_clear()
+    with pytest.raises(ValueError, match="pad heads to") as error:
+        shapes.certificate_for(asked, path)
+    told = re.search(r"pad heads to (\d+) with zeros, kv heads to (\d+)", str(error.value))
+    H, K = map(int, told.groups())
+    assert asked.heads < H and asked.heads // asked.kv_heads == H // K and H % K == 0
+    shapes.certificate_for(dataclasses.replace(asked, heads=H, kv_heads=K), path)
 
 
 def test_devices():

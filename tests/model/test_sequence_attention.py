@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lemur_kernels.attention import shapes
 
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, MeshConfig, ModelConfig, RopeConfig
-from lemur_jax.model.attention import describe, resolve_implementation, self_attention
+from lemur_jax.model.attention import (
+    describe,
+    outside_table,
+    resolve_implementation,
+    row_tokens,
+    self_attention,
+)
 
 CONFIG = ModelConfig(
     vocab_size=11,
@@ -123,6 +130,70 @@ def test_a_kernel_that_the_backend_lacks_is_an_error(kernel, backend):
     config = dataclasses.replace(CONFIG, attention=kernel)
     with pytest.raises(ConfigError, match=f"attention='{kernel}' needs a .*'{backend}'"):
         resolve_implementation(config, backend)
+
+
+LLAMA = dataclasses.replace(CONFIG, heads=64, kv_heads=8, head_dim=128, max_positions=1 << 20)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Certified: v4, bf16, 128 wide, 8 query heads a kv head and 1, rows of 4096; v5e forward."""
+    heads = ((64, 8), (32, 32))
+    lines = [("v4", d, *h) for d in ("forward", "backward") for h in heads]
+    lines.append(("v5e", "forward", 64, 8))
+    found = tmp_path / "certified.csv"
+    found.write_text(
+        shapes.table_text(
+            [
+                shapes.Certificate(
+                    shapes.Shape(chip, direction, "bfloat16", 128, H, K, 4096),
+                    {"block": 512, "heads": 4},
+                    *(1, 0, {"causal": 1.0}),
+                )
+                for chip, direction, H, K in lines
+            ],
+            {},
+        )
+    )
+    monkeypatch.setattr(shapes.certificate_for, "__defaults__", (found,))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "reason"),
+    [
+        ({}, {}, None),
+        ({}, {"tokens": 4096}, None),
+        ({}, {"tokens": 4097}, "seq=4097"),
+        ({}, {"tensor": 8}, None),
+        ({}, {"tensor": 16}, "heads / kv_heads=4"),  # 4 heads and 1 kv head a device
+        ({"heads": 32, "kv_heads": 32}, {"tensor": 8}, None),
+        ({"heads": 32, "kv_heads": 32}, {"tensor": 16}, "heads=2 "),
+        ({"head_dim": 64}, {}, "head_dim=64"),
+        ({"dtype": "float32"}, {}, "dtype=float32"),
+        ({}, {"device_kind": "TPU v5 lite"}, "direction=backward"),
+        ({}, {"device_kind": "TPU v3"}, "device_kind='TPU v3'"),
+    ],
+)
+def test_auto_on_a_tpu_is_what_is_certified_there(table, config, shape, reason):
+    """Red if resolve asks for one direction, for the heads of all devices, or not for the row."""
+    config = dataclasses.replace(LLAMA, **config)
+    shape = {"device_kind": "TPU v4"} | shape
+    want = "chunked" if reason else "pallas_tpu"
+    assert resolve_implementation(config, "tpu", **shape) == want
+    why = outside_table(config, "tpu", **shape)
+    assert (reason in why) if reason else why is None
+    named = dataclasses.replace(config, attention="pallas_tpu")
+    assert resolve_implementation(named, "tpu", **shape) == "pallas_tpu"  # fails at its trace
+    assert outside_table(named, "tpu", **shape) is None
+    assert outside_table(config, "cpu", **shape) is None
+    resolved = dataclasses.replace(config, attention=want)
+    assert describe(resolved, 1, why) == (f"chunked ({why})" if reason else "pallas_tpu")
+
+
+def test_a_kernel_sees_the_gathered_row_or_its_part_of_the_ring():
+    """Red if row_tokens were alike for both."""
+    ring = dataclasses.replace(LLAMA, sequence_attention="ring")
+    assert row_tokens(LLAMA, 8192, 4) == 8192 and row_tokens(ring, 8192, 4) == 2048
 
 
 def test_the_form_is_checked_and_printed():

@@ -120,6 +120,49 @@ def test_a_kernel_on_one_core_is_named_with_what_it_would_cost():
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--kernel", "decode_attention"], "decode_attention is not compared here; its compil"),
+        (["--kernel", "matmul"], "'matmul' is none of attention, cross_entropy"),
+        (["--blocks", "width=2"], "'width' is none of block, heads"),
+        (["--blocks", "block"], "'' must be an integer from 1 on"),
+        (["--kernel", "cross_entropy", "--blocks", "block=512"], "--blocks and --case are for att"),
+        (["--case", "9 x 9"], "--case '9 x 9' begins none of one document, 8 x 512"),
+        (["--heads", "8", "--kv-heads", "3"], "--kv-heads 3 must divide --heads 8"),
+        (["--head-dim", "100"], "v4: head_dim=100 is none of 64, 80, 96, 128, 256"),
+        (["--seq", "0"], "'0' must be an integer from 1 on"),
+        (["--seq", "-4096"], "must be an integer from 1 on"),
+        (["--only", "theirs"], "--only theirs: choose from ours, splash"),
+        (["--kernel", "cross_entropy", "--embed", "8200"], "v4: embed=8200 is more than"),
+    ],
+)
+def test_what_cannot_be_compiled_is_said_before_compiling(given, message, monkeypatch, capsys):
+    """Red if a branch of `wrong` goes, or a `type=` of main."""
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *given])
+    monkeypatch.setattr(bench, "measure_chip", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(SystemExit) as error:
+        bench.main()
+    assert error.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("why", "status"), [("refused", 1), ("crashed", 1), ("unsupported", 0)])
+def test_a_failed_compilation_is_the_exit_status(why, status, monkeypatch, capsys):
+    """Red if main returns 0 whatever happened, or 1 where tokamax is not installed."""
+    rows = _variants(1e6, apart=1e6)
+    results = {
+        ("forward", "ours"): _result(1.0e6, variants=rows),
+        ("forward", "splash"): {"ok": False, "why": why, "error": "vmem"},
+    }
+    given = ["--chip", "v4", "--direction", "forward", "--only", "ours", "splash"]
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", *given, "--no-crosscheck"])
+    monkeypatch.setattr(bench, "measure_chip", lambda *_: results)
+    monkeypatch.setattr(bench.compiling, "missing", lambda: None)
+    assert bench.main() == status
+    assert ("1 of 2 compilations failed" in capsys.readouterr().out) == bool(status)
+
+
 @pytest.mark.parametrize("seq", [4096, 32768])
 def test_packings_fill_the_row(seq):
     """Red if the unequal documents do not add up, or a demo row is longer than the row."""

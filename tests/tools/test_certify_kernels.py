@@ -1,8 +1,10 @@
 """The generator of the table of certified shapes, on a toy kernel and on made-up results."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +14,16 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import certify_kernels as certify  # noqa: E402
+import kernel_cases  # noqa: E402
 from lemur_kernels.attention import shapes  # noqa: E402
 from lemur_kernels.attention.tilings import Tiling  # noqa: E402
 from tpu_compiler.cases import Case  # noqa: E402
 
 HERE = str(Path(__file__).resolve().parent)
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: no TPU compiler (pip install libtpu==0.0.42.1)",
+)
 
 
 def _group(*lengths: int) -> list[Case]:
@@ -72,10 +79,7 @@ def test_a_journal_cut_off_by_a_kill_is_read(tmp_path):
     assert certify.journal_of(tmp_path / "none") == {}
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no TPU compiler (pip install libtpu==0.0.42.1)",
-)
+@needs_compiler
 def test_a_toy_is_certified_once_and_checked(tmp_path, monkeypatch, capsys):
     """Red if the journal is not used (the second run compiles again), or check compares nothing."""
     out, journal = tmp_path / "table.csv", tmp_path / "journal.jsonl"
@@ -106,17 +110,153 @@ def test_a_toy_is_certified_once_and_checked(tmp_path, monkeypatch, capsys):
     assert "DIFFERS" in capsys.readouterr().out
 
 
+def _run(monkeypatch, *given: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["certify_kernels.py", *given])
+    shapes.certificates.cache_clear()
+    return certify.main()
+
+
+def _line(seq: int = 4096, **fields) -> shapes.Certificate:
+    shape = shapes.Shape("v5e", "forward", "bfloat16", 128, 64, 8, seq)
+    masks = {"causal": 1.0, "segments": 1.0, "window": 1.0}
+    return shapes.Certificate(dataclasses.replace(shape, **fields), {"block": 512}, 100, 0, masks)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--jobs", "0"], "'0' must be an integer from 1 on"),
+        (["--check", "0"], "'0' must be an integer from 1 on"),
+        (["--check", "-1"], "must be an integer from 1 on"),
+        (["--seq", "x"], "'x' must be an integer from 1 on"),
+        (["--heads", "8x1"], "'8x1' must be query heads / kv heads, as 64/8"),
+        (["--heads", "8/0"], "'8/0' must be query heads / kv heads"),
+        (["--heads", "8/3"], "'8/3': kv heads must divide the query heads; nearest: 6/3"),
+        (["--heads", "7/2"], "nearest: 6/2"),
+        (["--heads", "1/2"], "nearest: 2/2"),
+        (["--out", "/no/such/place.csv"], "no directory /no/such: make it"),
+        (["--out", "/no/such/place.csv", "--check", "1"], "is no table"),
+        (["--check", "2", "--seq", "4095"], "no line of .* has all of the given"),
+        (["--summary", "--chip", "v4", "--heads", "6/3"], "no line of .* has all of the given"),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_said(given, message, monkeypatch, capsys):
+    """Red if a `type=` of main goes, or one of its parser.error."""
+    with pytest.raises(SystemExit) as error:
+        _run(monkeypatch, *given)
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_check_draws_from_the_lines_that_pass_the_filters(tmp_path, monkeypatch, capsys):
+    """Red if `chosen` leaves a filter out, or check draws without the seed."""
+    table = [_line(seq=128 * i) for i in range(1, 20)] + [_line(chip="v4"), _line(heads=8)]
+    out, compiled = tmp_path / "table.csv", []
+    out.write_text(shapes.table_text(table, {"kernels": "toy"}))
+
+    def certificate(case, tried):
+        compiled.append(certify._shape(case))
+        return next(c for c in table if c.shape == compiled[-1])
+
+    monkeypatch.setattr(certify, "certificate", certificate)
+    monkeypatch.setattr(certify.compiling, "missing", lambda: None)
+    monkeypatch.setattr(certify.importlib.metadata, "version", lambda name: "0")
+    monkeypatch.setattr(certify.Worker, "ask", lambda *_: {})
+    toy = ("--out", str(out), "--builder", "toy_kernel:build", "--path", HERE)
+
+    def drawn(*given: str) -> list[shapes.Shape]:
+        compiled.clear()
+        assert _run(monkeypatch, *toy, *given) == 0
+        return [*compiled]
+
+    assert drawn("--check", "9", "--chip", "v4") == [_line(chip="v4").shape]
+    assert drawn("--check", "9", "--heads", "8/8") == [_line(heads=8).shape]
+    three = drawn("--check", "3", "--seed", "1")
+    assert len(three) == 3 and three == drawn("--check", "3", "--seed", "1")
+    assert three != drawn("--check", "3", "--seed", "2")
+    assert f"3 of {len(table)} lines, --seed 2" in capsys.readouterr().out
+
+
+def test_lines_of_other_code_are_not_stamped_anew(tmp_path, monkeypatch, capsys):
+    """Red if main carries lines over without asking whose they are."""
+    out = tmp_path / "table.csv"
+    monkeypatch.setattr(certify.compiling, "missing", lambda: None)
+    monkeypatch.setattr(certify.importlib.metadata, "version", lambda name: "0")
+    made = {"ok": True, "cycles": 1e3, "outside_cycles": 0, "vmem_bytes": 0, "spill_stores": 0}
+    made["variants"] = {mask: {"cycles": 1e3} for mask in ("segments", "window")}
+
+    def compile_all(matrix, *_):
+        return {case: [({"block": 512}, made)] for group in matrix for case in group}
+
+    monkeypatch.setattr(certify, "run", compile_all)
+    toy = ("--out", str(out), "--builder", "toy_kernel:build", "--path", HERE)
+    one = ("--chip", "v5e", "--direction", "forward", "--dtype", "bfloat16", "--head-dim", "128")
+    one += ("--heads", "64/8")
+    new = {"kernels": "toy", "jax": "0", "libtpu": "0"}
+
+    def table(made_with, *lines):
+        out.write_text(shapes.table_text(lines, made_with))
+
+    def lengths() -> list[int]:
+        shapes.certificates.cache_clear()
+        return [c.shape.seq for c in shapes.certificates(out)]
+
+    table(new | {"kernels": "old"}, _line(512), _line(4096))
+    with pytest.raises(SystemExit) as error:
+        _run(monkeypatch, *toy, *one, "--seq", "4096")
+    assert error.value.code == 2
+    assert "1 lines of" in (said := capsys.readouterr().err) and "--drop_old" in said
+    assert lengths() == [512, 4096] and "kernels old" in shapes.stamp(out)
+    assert _run(monkeypatch, *toy, *one, "--seq", "4096", "--drop_old") == 0
+    assert lengths() == [4096] and "kernels toy" in shapes.stamp(out)
+    assert _run(monkeypatch, *toy, *one, "--seq", "512") == 0  # the same make: both stay
+    assert lengths() == [512, 4096]
+    table(new | {"kernels": "old"}, _line(512), _line(4096))
+    assert _run(monkeypatch, *toy, *one, "--seq", "512", "4096") == 0  # none of the old is left
+    assert lengths() == [512, 4096] and "kernels toy" in shapes.stamp(out)
+
+
+def test_a_summary_says_what_is_certified(monkeypatch, capsys):
+    """Red if summary groups by something else, or counts lines twice."""
+    lines = [_line(), _line(chip="v4"), _line(heads=32), _line(seq=512, dtype="float32")]
+    assert certify.summary(lines) == [
+        "head_dim 128 bfloat16 seq 4096: 3 of 4 = v5e, v4 x heads 64/8, 32/8 x forward",
+        "head_dim 128 float32 seq 512: 1 of 1 = v5e x heads 64/8 x forward",
+    ]
+    assert _run(monkeypatch, "--summary") == 0
+    assert "head_dim 128 bfloat16" in capsys.readouterr().out
+
+
+@needs_compiler
+def test_the_shipped_table_was_compiled_from_the_shipped_kernels():
+    """Red if steps.py, tpu_forward.py or tpu_backward.py changed and certified.csv did not."""
+    assert f"kernels {kernel_cases.fingerprint()}," in shapes.stamp()
+
+
+def test_only_the_programs_are_in_the_stamp(tmp_path, monkeypatch):
+    """Red if fingerprint reads pallas_tpu.py, or forgets one of the three files."""
+    import lemur_kernels.attention as package
+
+    folder = Path(package.__file__).parent
+    for path in folder.glob("*.py"):
+        (tmp_path / path.name).write_text(path.read_text())
+    before = kernel_cases.fingerprint()
+    monkeypatch.setattr(package, "__file__", str(tmp_path / "__init__.py"))
+    assert kernel_cases.fingerprint() == before
+    for name in ("pallas_tpu.py", "shapes.py", "api.py"):
+        (tmp_path / name).write_text("changed = 1")
+    (tmp_path / "steps.py").write_text("# a comment\n" + (tmp_path / "steps.py").read_text())
+    assert kernel_cases.fingerprint() == before
+    for name in ("steps.py", "tpu_forward.py", "tpu_backward.py"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text + "changed = 1\n")
+        assert kernel_cases.fingerprint() != before
+        (tmp_path / name).write_text(text)
+
+
 def test_the_whole_matrix():
     """Red if a chip, width, length, head count or type of the proof is left out."""
-    options = argparse.Namespace(
-        chip=list(certify.CHIPS),
-        head_dim=certify.HEAD_DIMS,
-        seq=certify.SEQUENCES,
-        heads=certify.HEADS,
-        dtype=certify.DTYPES,
-        direction=certify.DIRECTIONS,
-    )
-    matrix = certify.groups(options)
+    matrix = certify.groups(argparse.Namespace(**certify.MATRIX))
     assert len(matrix) == 5 * 5 * 3 * 2 * 2 and all(len(group) == 7 for group in matrix)
     assert {c.chip for g in matrix for c in g} == {"v4", "v5e", "v5p", "v6e", "v7x"}
     assert matrix[0][0].head_dim == 128 and matrix[0][0].dtype == "bfloat16"
@@ -134,10 +274,7 @@ def test_the_shipped_table_is_one_that_the_kernels_take():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no TPU compiler (pip install libtpu==0.0.42.1)",
-)
+@needs_compiler
 def test_lines_of_the_shipped_table_compile_to_what_they_say(monkeypatch, capsys):
     """Red if the kernels changed and certified.csv did not: run tools/certify_kernels.py."""
     monkeypatch.setattr(sys, "argv", ["certify_kernels.py", "--check", "3"])

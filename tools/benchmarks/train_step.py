@@ -49,7 +49,12 @@ def main() -> None:
         scan_unroll=options.scan_unroll,
         max_positions=max(model.max_positions, options.length),
     )
-    attention = resolve_implementation(model, jax.default_backend())
+    attention = resolve_implementation(
+        model,
+        jax.default_backend(),
+        device_kind=jax.devices()[0].device_kind,
+        tokens=options.length,
+    )
     model = dataclasses.replace(model, attention=attention)
     ids = np.random.default_rng(0).integers(
         1, model.vocab_size, (options.batch, options.length + 1), dtype=np.int32

@@ -1,5 +1,6 @@
-"""A second reading of the baselines by ../shared/tpu_cost, where it exists: its own dump, its own
-parser, its own guess of what each region is. The two share libtpu only."""
+"""A second reading of the baselines by ../shared/tpu_cost (optional reference material of the
+project's authors), where it exists: its own dump, its own parser, its own guess of what each region
+is. The two share libtpu only."""
 
 import json
 import os

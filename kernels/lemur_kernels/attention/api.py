@@ -14,21 +14,24 @@ Axis key: B batch, T query length, S key length, H heads, K kv heads, G = H / K,
 """
 
 import functools
-import math
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from lemur_kernels import arguments
 from lemur_kernels.attention import chunked, cudnn, reference
 from lemur_kernels.attention.mask import Options, Rows
+from lemur_kernels.differentiation import no_derivative
 from lemur_kernels.varying import varying_alike
 
 IMPLEMENTATIONS = ("reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 # What the backward pass reads besides q, k and v. A jax.checkpoint policy that saves both names
 # spares the recomputation of the forward kernel; one alone spares nothing.
 SAVED_NAMES = ("attention_kernel_out", "attention_kernel_lse")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def attention(
@@ -54,10 +57,11 @@ def attention(
     Query head h reads kv head h // G (GQA, arXiv:2305.13245); repeated k and v never exist.
 
     Args:
-      q_BTHD: queries, f32 or bf16.
+      q_BTHD: queries, f32, bf16 or (not "pallas_tpu") f16; "cudnn" takes 16 bits only.
       k_BSKD, v_BSKD: keys and values, the queries' dtype; K divides H.
       q_positions_BT, kv_positions_BS: place of each token in its document, integers from 0.
-      q_segments_BT, kv_segments_BS: document of each token, integers; 0 is padding or a free slot.
+      q_segments_BT, kv_segments_BS: document of each token, integers; 0 is padding or a free slot,
+        and -2^31 is reserved.
       packed: the caller's promise that T == S, queries and keys are the same tokens, documents
         are contiguous and positions grow by one inside each (training, prefill), so nothing
         visible lies above the diagonal. False makes no promise (decoding against a cache).
@@ -71,11 +75,12 @@ def attention(
         GPUs, skips blocks by segment) or "pallas_tpu".
 
     Returns:
-      out_BTHD in q's dtype. Differentiable once with respect to q, k and v.
+      out_BTHD in q's dtype. Differentiable once with respect to q, k and v, in reverse mode.
 
     Raises:
       ValueError: unknown implementation, or shapes, dtypes, options or a backend that do not fit
         it, with the fix.
+      NotImplementedError: the gradient is differentiated again.
     """
     return attention_with_lse(
         q_BTHD,
@@ -140,14 +145,26 @@ def _attend_forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation):
 
 
 def _attend_backward(options, implementation, residuals, cotangents):
-    q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT = residuals
     dout_BTHD, _ = cotangents  # lse leaves through stop_gradient
+    residuals, dout_BTHD = differentiable_once(residuals, dout_BTHD)
+    q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT = residuals
     return *implementation_named(implementation).backward(
         q_BTHD, k_BSKD, v_BSKD, rows, options, out_BTHD, lse_BHT, dout_BTHD
     ), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def differentiable_once(*inputs):
+    """The inputs of a backward pass: differentiating it raises, where it would be wrong (lse's
+    cotangent is dropped)."""
+    return no_derivative(
+        "attention is differentiable once: its gradient was differentiated again (grad of grad, "
+        "hessian, jvp of grad). No implementation has a second derivative: write the softmax out "
+        "in jax.numpy for one, or stop_gradient what need not be differentiated",
+        *inputs,
+    )
 
 
 def implementation_named(name: str) -> ModuleType:
@@ -176,13 +193,12 @@ def checked(q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, sof
     Raises:
       ValueError: names the argument, its value and the fix.
     """
-    if q_BTHD.ndim != 4 or k_BSKD.ndim != 4 or k_BSKD.shape != v_BSKD.shape:
-        raise ValueError(
-            f"attention takes q [B,T,H,D] and equal k, v [B,S,K,D]; got q {list(q_BTHD.shape)}, "
-            f"k {list(k_BSKD.shape)}, v {list(v_BSKD.shape)}"
-        )
+    for name, x in (("q_BTHD", q_BTHD), ("k_BSKD", k_BSKD), ("v_BSKD", v_BSKD)):
+        arguments.array(name, x, name[2:], DTYPES)
     B, T, H, D = q_BTHD.shape
     S, K = k_BSKD.shape[1:3]
+    if k_BSKD.shape != v_BSKD.shape:
+        raise ValueError(f"k {list(k_BSKD.shape)} and v {list(v_BSKD.shape)} must have one shape")
     if (k_BSKD.shape[0], k_BSKD.shape[3]) != (B, D):
         raise ValueError(
             f"q {list(q_BTHD.shape)} and k {list(k_BSKD.shape)} must agree in batch and head_dim"
@@ -193,16 +209,15 @@ def checked(q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, sof
         raise ValueError(
             f"q, k, v must share a dtype; got {q_BTHD.dtype}, {k_BSKD.dtype}, {v_BSKD.dtype}"
         )
+    if not isinstance(packed, (bool, np.bool_)):
+        raise ValueError(f"packed={packed!r} must be True or False")
     if packed and S != T:
         raise ValueError(f"packed=True promises T == S; got T={T}, S={S}: pass packed=False")
     for name, x, shape in zip(Rows._fields, rows, ((B, T), (B, S)) * 2):
-        if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; pass integers {list(shape)}")
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, int) or not 0 < window < 2**31
-    ):
-        raise ValueError(f"window={window!r} must be an integer from 1 on, or None for no window")
-    if soft_cap is not None and not (soft_cap > 0 and math.isfinite(soft_cap)):
-        raise ValueError(f"soft_cap={soft_cap!r} must be a positive number, or None for no cap")
-    scale = D**-0.5 if scale is None else float(scale)
-    return Options(packed, scale, window, None if soft_cap is None else float(soft_cap))
+        arguments.integers(name, x, shape)
+    if window is not None:
+        window = arguments.integer("window", window, 1, fix="or None for no window")
+    if soft_cap is not None:
+        soft_cap = arguments.number("soft_cap", soft_cap, above=0, fix="or None for no cap")
+    scale = D**-0.5 if scale is None else arguments.number("scale", scale)
+    return Options(bool(packed), scale, window, soft_cap)

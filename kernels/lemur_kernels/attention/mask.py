@@ -14,7 +14,8 @@ INT_MIN = jnp.iinfo(jnp.int32).min
 
 
 class Rows(NamedTuple):
-    """Where each token stands. int32; segment 0 is padding or a free cache slot.
+    """Where each token stands. int32; segment 0 is padding or a free cache slot, and -2^31 is no
+    document's: pallas_tpu.marks gives it to queries that see nothing.
 
     A position is the token's place in its document, so 0 <= position < 2^31.
     """

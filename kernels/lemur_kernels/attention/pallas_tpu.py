@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lemur_kernels.attention import shapes, tpu_backward, tpu_forward
 from lemur_kernels.attention import steps as st
-from lemur_kernels.attention.mask import Options, Rows
+from lemur_kernels.attention.mask import INT_MIN, Options, Rows
 from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import LOG2_E
 from lemur_kernels.target import target_device
@@ -137,8 +137,8 @@ def marks(rows: Rows, options: Options) -> list[jax.Array]:
     def column(x_BS):
         return jnp.tile(x_BS.reshape(-1, 1), (1, 128))
 
-    # A query of segment 0 sees nothing: no key has segment -1.
-    segments_BT = jnp.where(rows.q_segments_BT == 0, -1, rows.q_segments_BT)
+    # A query of segment 0 sees nothing: no key has the reserved segment -2^31.
+    segments_BT = jnp.where(rows.q_segments_BT == 0, INT_MIN, rows.q_segments_BT)
     return [
         row(segments_BT),
         row(rows.q_positions_BT),

@@ -112,6 +112,7 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation, axis_name):
 
 
 def _backward(options, implementation, axis_name, residuals, dout_BTHD):
+    residuals, dout_BTHD = api.differentiable_once(residuals, dout_BTHD)
     q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT = residuals
     kernel = api.implementation_named(implementation)
     can_see = _skip_test(rows, options)

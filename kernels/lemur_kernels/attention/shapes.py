@@ -117,11 +117,13 @@ def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
         if not fit:
             raise ValueError(_outside(shape, name, value, sorted({read(c.shape) for c in left})))
         left = fit
-    # A program cuts the heads into steps: it serves every multiple of its step's heads.
-    steps = sorted({c.blocks.get("heads", 1) for c in left})
+    # A program cuts the heads into steps, which a group divides or is divided by: it serves every
+    # multiple of its step's heads.
+    steps = {c.blocks.get("heads", 1) for c in left}
     left = tuple(c for c in left if shape.heads % c.blocks.get("heads", 1) == 0)
     if not left:
-        raise ValueError(_outside(shape, "heads", shape.heads, steps))
+        padded = {-(-shape.heads // step) * step for step in steps}
+        raise ValueError(_outside(shape, "heads", shape.heads, sorted(padded)))
     lengths = sorted({c.shape.seq for c in left})
     left = tuple(c for c in left if c.shape.seq >= shape.seq)
     if not left:
@@ -133,26 +135,38 @@ def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
     return min(left, key=distance)
 
 
-_FIXES = {
-    "head_dim": "pad q, k and v with zeros to it and keep the scale",
-    "heads / kv_heads": "repeat the kv heads until the ratio is reached",
-    "heads": "use a multiple of it",
-    "seq": "split the row, or shard it over the sequence axis",
-    "dtype": "cast q, k and v",
-    "chip": "certify it with tools/certify_kernels.py",
-    "direction": "certify it with tools/certify_kernels.py",
-}
+def _fix(shape: Shape, name: str, value, supported: list) -> str:
+    """The nearest supported value and how to get there."""
+    if name == "heads / kv_heads":
+        # Repeating kv heads only divides the ratio.
+        reached = max((ratio for ratio in supported if value % ratio == 0), default=None)
+        if reached is None:
+            listed = ", ".join(map(str, supported))
+            return (
+                f"none ({listed} cannot be reached by repeating kv heads); certify it with {_TOOL}"
+            )
+        times, kv_heads = value // reached, shape.heads // reached
+        return f"{reached}; repeat each kv head {times} times, {kv_heads} in all"
+    if name == "heads":
+        N, group = supported[0], shape.heads // shape.kv_heads
+        return f"{N}; pad heads to {N} with zeros, kv heads to {N // group}, and drop them from out"
+    if name in ("chip", "direction", "dtype"):
+        fix = "cast q, k and v" if name == "dtype" else f"certify it with {_TOOL}"
+        return f"{', '.join(map(str, supported)) or 'none'}; {fix}"
+    nearest = min((s for s in supported if s >= value), default=supported[-1])
+    if name == "head_dim":
+        return f"{nearest}; pad q, k and v with zeros to it and keep the scale"
+    return f"{nearest}; split the row, or shard it over the sequence axis"
+
+
+_TOOL = "tools/certify_kernels.py"
 
 
 def _outside(shape: Shape, name: str, value, supported: list) -> str:
-    if isinstance(value, int) and supported:
-        larger = [s for s in supported if s >= value]
-        nearest = larger[0] if larger else supported[-1]
-    else:
-        nearest = ", ".join(map(str, supported)) or "none"
     return (
-        f"attention implementation='pallas_tpu' is not certified for {name}={value} "
-        f"({shape}); nearest supported: {nearest}; {_FIXES[name]}, or use implementation='chunked'"
+        f"attention implementation='pallas_tpu' is not certified for {name}={value} ({shape}); "
+        f"nearest supported: {_fix(shape, name, value, supported)}, or use "
+        "implementation='chunked'"
     )
 
 
@@ -172,6 +186,16 @@ def table_text(found: list[Certificate], made_with: dict[str, str]) -> str:
     for row in rows:
         if [*row] != names:
             raise ValueError(f"{row} has other columns than {names}: certify all shapes again")
-    comment = "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
     cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
-    return "".join(line + "\n" for line in (comment, *map(",".join, [names, *cells])))
+    return "".join(line + "\n" for line in (comment(made_with), *map(",".join, [names, *cells])))
+
+
+def comment(made_with: dict[str, str]) -> str:
+    """The table's first line: what its programs were compiled from, and by what."""
+    return "# compiler-predicted; " + ", ".join(f"{k} {v}" for k, v in sorted(made_with.items()))
+
+
+def stamp(path: Path = TABLE) -> str:
+    """The first line of a table."""
+    with path.open() as file:
+        return file.readline().rstrip("\n")

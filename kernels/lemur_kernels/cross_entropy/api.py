@@ -6,6 +6,7 @@ Axis key: B batch, T length, E embed, V vocab.
 import jax
 import jax.numpy as jnp
 
+from lemur_kernels import arguments
 from lemur_kernels.cross_entropy import shards
 from lemur_kernels.cross_entropy.chunked import Chunked
 from lemur_kernels.cross_entropy.forward_gradient import Setting, losses
@@ -13,6 +14,9 @@ from lemur_kernels.cross_entropy.reference import CrossEntropy, reference
 from lemur_kernels.target import target_device
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
+XLA_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"reference": XLA_DTYPES, "chunked": XLA_DTYPES, "pallas_tpu": ("float32", "bfloat16")}
+WEIGHT_DTYPES = (*XLA_DTYPES, "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32")
 
 
 def cross_entropy(
@@ -32,15 +36,16 @@ def cross_entropy(
     """Projection to the vocabulary and weighted cross-entropy, f32 from the logits on.
 
     Args:
-      x_BTE: final hidden states, f32 or bf16.
+      x_BTE: final hidden states, f32, bf16 or (not "pallas_tpu") f16.
       w_EV: output projection, x's dtype; the product accumulates in f32.
-      targets_BT: int32 ids below valid_vocab. Ids of tokens with weight 0 are not read, but
-        must be legal too.
+      targets_BT: integer ids in 0..valid_vocab - 1. An id out of range makes its nll_BT, loss,
+        z_loss and gradients NaN; one of a token with weight 0 never matters.
       weights_BT: weight of each token's loss; constants: no gradient flows to them.
       z_loss: coefficient of log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
       chunk_tokens: tokens of each row whose logits ("chunked") or bf16 probabilities
         ("pallas_tpu", only under differentiation) exist at a time in HBM.
       valid_vocab: columns from here on are padding and get probability 0; all exist when None.
+        What they hold does not matter as long as it is finite (0 * NaN would reach x's gradient).
       axis_name: inside shard_map, the mesh axis that splits w's columns in order: w_EV is this
         device's part, everything else is the same on all of its devices, and ids and valid_vocab
         count columns of the whole. Each device returns the whole loss; its gradient by w is that
@@ -57,44 +62,53 @@ def cross_entropy(
 
     Raises:
       ValueError: unknown implementation, shapes, dtypes or numbers that do not fit; no TPU.
+      NotImplementedError: the gradient of "pallas_tpu" is differentiated again.
     """
-    V = w_EV.shape[-1] * shards.count(axis_name)
-    valid_vocab = V if valid_vocab is None else valid_vocab
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; legal: {IMPLEMENTATIONS}")
-    if x_BTE.ndim != 3 or w_EV.ndim != 2 or x_BTE.shape[-1] != w_EV.shape[0]:
+    arguments.array("x_BTE", x_BTE, "BTE", DTYPES[implementation])
+    arguments.array("w_EV", w_EV, "EV", DTYPES[implementation])
+    if x_BTE.shape[-1] != w_EV.shape[0]:
         raise ValueError(
             f"cross_entropy takes x [B,T,E] and w [E,V]; got {list(x_BTE.shape)} and "
             f"{list(w_EV.shape)}"
         )
     if x_BTE.dtype != w_EV.dtype:
         raise ValueError(f"x and w must share a dtype; got {x_BTE.dtype} and {w_EV.dtype}")
-    for name, value in (("targets_BT", targets_BT), ("weights_BT", weights_BT)):
-        if value.shape != x_BTE.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}, x has {list(x_BTE.shape)}; "
-                f"pass {list(x_BTE.shape[:2])}"
-            )
-    if not jnp.issubdtype(targets_BT.dtype, jnp.integer):
-        raise ValueError(f"targets_BT is {targets_BT.dtype}; pass integers")
-    if not 1 <= valid_vocab <= V:
-        raise ValueError(f"valid_vocab={valid_vocab} must be in 1..{V} (the columns of w)")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1")
+    arguments.array("weights_BT", weights_BT, "BT", WEIGHT_DTYPES)
+    if weights_BT.shape != x_BTE.shape[:2]:
+        raise ValueError(
+            f"weights_BT has shape {list(weights_BT.shape)}, x has {list(x_BTE.shape)}; "
+            f"pass {list(x_BTE.shape[:2])}"
+        )
+    arguments.integers("targets_BT", targets_BT, x_BTE.shape[:2])
+    V = w_EV.shape[1] * shards.count(axis_name)
+    if valid_vocab is None:
+        valid_vocab = V
+    valid_vocab = arguments.integer("valid_vocab", valid_vocab, 1, V, fix="(the columns of w)")
+    chunk_tokens = arguments.integer("chunk_tokens", chunk_tokens, 1)
+    z_loss = arguments.number("z_loss", z_loss, least=0)
     if implementation != "pallas_tpu" and (chip is not None or interpret):
         raise ValueError(
             f"chip={chip!r} and interpret={interpret!r} are for implementation='pallas_tpu', not "
             f"{implementation!r}: remove them"
         )
+    legal_BT = (targets_BT >= 0) & (targets_BT < valid_vocab)
+    wrong_BT = ~legal_BT & (weights_BT != 0)
+    targets_BT = jnp.where(legal_BT, targets_BT, 0).astype(jnp.int32)
+    weights_BT = jnp.where(wrong_BT, jnp.nan, weights_BT.astype(jnp.float32))
     arrays = (x_BTE, w_EV, targets_BT, weights_BT)
     if implementation == "reference":
-        return reference(*arrays, float(z_loss), valid_vocab, axis_name)
-    setting = Setting(float(z_loss), chunk_tokens, valid_vocab, axis_name)
-    if implementation == "chunked":
-        return losses(Chunked(), *arrays, setting)
+        found = reference(*arrays, z_loss, valid_vocab, axis_name)
+    else:
+        form = Chunked() if implementation == "chunked" else _pallas_tpu(chip, interpret)
+        found = losses(form, *arrays, Setting(z_loss, chunk_tokens, valid_vocab, axis_name))
+    return found._replace(nll_BT=jnp.where(wrong_BT, jnp.nan, found.nll_BT))
+
+
+def _pallas_tpu(chip: str | None, interpret):
     # Imported only when named: Pallas is slow to import.
     from lemur_kernels.cross_entropy.blocks import chip_of
     from lemur_kernels.cross_entropy.pallas_tpu import PallasTpu
 
-    chip = chip_of(target_device()) if chip is None else chip
-    return losses(PallasTpu(chip, interpret), *arrays, setting)
+    return PallasTpu(chip_of(target_device()) if chip is None else chip, interpret)

@@ -23,6 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 from lemur_kernels.cross_entropy import shards
 from lemur_kernels.cross_entropy.blocks import Blocks, choose
 from lemur_kernels.cross_entropy.forward_gradient import Chunk, Setting
+from lemur_kernels.differentiation import no_derivative
+from lemur_kernels.needs_tpu import needs_tpu
 
 MASKED = -3e38  # logit of a column that does not exist; exp(MASKED - FLOOR) == 0
 FLOOR = -1e37  # where the running maximum starts
@@ -227,11 +229,19 @@ class PallasTpu:
         return choose(self.chip, B * C, E, chunk.w_EV.shape[1], chunk.x_BCE.dtype)
 
     def _project(self, chunk: Chunk, setting: Setting, keep: bool):
-        E, V = chunk.w_EV.shape
+        x_BCE, w_EV = no_derivative(
+            "cross_entropy implementation='pallas_tpu' is differentiable once, in reverse mode: "
+            "its gradient was differentiated again; use implementation='reference' for that",
+            chunk.x_BCE,
+            chunk.w_EV,
+        )
+        if not self.interpret:
+            x_BCE = needs_tpu(x_BCE, "cross_entropy", "chunked")
+        E, V = w_EV.shape
         first, limit = shards.columns(V, setting.valid_vocab, setting.axis_name)
         column_N = shards.local_targets(chunk.targets_BC, first, V).reshape(-1)
         out = project(
-            chunk.x_BCE.reshape(-1, E), chunk.w_EV, column_N, limit, self._blocks(chunk),
+            x_BCE.reshape(-1, E), w_EV, column_N, limit, self._blocks(chunk),
             keep=keep, interpret=self.interpret,
         )  # fmt: skip
         return column_N, out

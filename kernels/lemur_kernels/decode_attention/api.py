@@ -8,10 +8,12 @@ D head dim, P pages in the cache, M pages in a row's table, Z tokens in a page, 
 import jax
 import jax.numpy as jnp
 
+from lemur_kernels import arguments
 from lemur_kernels.decode_attention.gathered import gathered
 from lemur_kernels.decode_attention.pages import page_shape
 from lemur_kernels.decode_attention.pallas_tpu import pallas_tpu
 from lemur_kernels.decode_attention.reference import legal_rows, reference
+from lemur_kernels.differentiation import no_derivative
 from lemur_kernels.varying import varying_alike
 
 IMPLEMENTATIONS = ("reference", "gathered", "pallas_tpu")
@@ -67,6 +69,7 @@ def decode_attention(
 
     Raises:
       ValueError: unknown implementation, shapes, dtypes or numbers that do not fit, with the fix.
+      NotImplementedError: it is differentiated.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is unknown; legal: {IMPLEMENTATIONS}")
@@ -74,50 +77,55 @@ def decode_attention(
     B, N, _, D = q_BNHD.shape
     if new_tokens_B is None:
         new_tokens_B = jnp.full((B,), N, jnp.int32)
-    M = page_table_BM.shape[-1]
+    arguments.array("page_table_BM", page_table_BM, "BM", ("int32",))
+    M = page_table_BM.shape[1]
     rows = (("page_table_BM", page_table_BM, (B, M)), ("lengths_B", lengths_B, (B,)),
             ("new_tokens_B", new_tokens_B, (B,)))  # fmt: skip
     for name, x, shape in rows:
-        if x.shape != shape or x.dtype != jnp.int32:
-            raise ValueError(f"{name} is {x.dtype}{list(x.shape)}; pass int32 {list(shape)}")
-    for name, x in (("window", window), ("soft_cap", soft_cap)):
-        if x is not None and x <= 0:
-            raise ValueError(f"{name}={x} must be positive, or None for no {name}")
+        arguments.integers(name, x, shape, "int32")
+    if window is not None:
+        window = arguments.integer("window", window, 1, fix="or None for no window")
+    if soft_cap is not None:
+        soft_cap = arguments.number("soft_cap", soft_cap, above=0, fix="or None for no cap")
+    scale = D**-0.5 if scale is None else arguments.number("scale", scale)
     if interpret and implementation != "pallas_tpu":
         raise ValueError(f"interpret is for 'pallas_tpu', implementation={implementation!r}")
+    q_BNHD, kv_pages_PKZC, k_scales_PK, v_scales_PK = no_derivative(
+        "decode_attention is not differentiable in any implementation: use "
+        "lemur_kernels.attention.attention where gradients are needed, or stop_gradient the inputs",
+        q_BNHD,
+        kv_pages_PKZC,
+        k_scales_PK,
+        v_scales_PK,
+    )
     # Inside shard_map the output varies over every mesh axis that an input varies over.
     q_BNHD, *_ = varying_alike(
         q_BNHD, kv_pages_PKZC[0, 0, 0], page_table_BM[0], lengths_B, new_tokens_B
     )
-    arguments = dict(
+    given = dict(
         page_table_BM=page_table_BM,
         lengths_B=lengths_B,
         new_tokens_B=new_tokens_B,
         k_scales_PK=k_scales_PK,
         v_scales_PK=v_scales_PK,
-        scale=D**-0.5 if scale is None else scale,
+        scale=scale,
         window=window,
         soft_cap=soft_cap,
     )
     if implementation == "pallas_tpu":
-        out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **arguments, interpret=interpret)
+        out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **given, interpret=interpret)
     elif implementation == "gathered":
-        out_BNHD = gathered(q_BNHD, kv_pages_PKZC, **arguments)
+        out_BNHD = gathered(q_BNHD, kv_pages_PKZC, **given)
     else:
-        out_BNHD = reference(q_BNHD, kv_pages_PKZC, **arguments)
+        out_BNHD = reference(q_BNHD, kv_pages_PKZC, **given)
     P, _, Z, _ = kv_pages_PKZC.shape
     legal_B = legal_rows(page_table_BM, lengths_B, new_tokens_B, N, P, Z, window)
     return jnp.where(legal_B[:, None, None, None], out_BNHD, jnp.nan)
 
 
 def _check_cache(q_BNHD, kv_pages_PKZC, k_scales_PK, v_scales_PK) -> None:
-    if q_BNHD.ndim != 4 or kv_pages_PKZC.ndim != 4:
-        raise ValueError(
-            f"decode_attention takes q [B,N,H,D] and pages [P,K,Z,C]; got {list(q_BNHD.shape)} "
-            f"and {list(kv_pages_PKZC.shape)}"
-        )
-    if q_BNHD.dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"q is {q_BNHD.dtype}; pass float32 or bfloat16")
+    arguments.array("q_BNHD", q_BNHD, "BNHD", ("float32", "bfloat16"))
+    arguments.array("kv_pages_PKZC", kv_pages_PKZC, "PKZC", ("float32", "bfloat16", "int8"))
     if kv_pages_PKZC.dtype not in (q_BNHD.dtype, jnp.int8):
         raise ValueError(
             f"kv_pages are {kv_pages_PKZC.dtype}, q is {q_BNHD.dtype}; pages must have q's dtype "

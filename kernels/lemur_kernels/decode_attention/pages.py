@@ -50,7 +50,18 @@ def page_shape(kv_heads: int, page_tokens: int, head_dim: int) -> tuple[int, int
 
 
 def join(k_D: jax.Array, v_D: jax.Array) -> jax.Array:
-    """Keys and values [..., D] side by side as the cache stores them, [..., C]."""
+    """Keys and values [..., D] side by side as the cache stores them, [..., C].
+
+    Raises:
+      ValueError: keys and values of two shapes or dtypes, or a head_dim that no page holds.
+    """
+    if k_D.shape != v_D.shape or k_D.dtype != v_D.dtype:
+        raise ValueError(
+            f"k_D is {k_D.dtype}{list(k_D.shape)}, v_D is {v_D.dtype}{list(v_D.shape)}; join takes "
+            "keys and values of one shape [..., head_dim] and one dtype"
+        )
+    if not k_D.shape or not 1 <= k_D.shape[-1] <= MAX_HEAD_DIM:
+        raise ValueError(f"k_D {list(k_D.shape)}: head_dim, the last axis, is 1..{MAX_HEAD_DIM}")
     width = value_lane(k_D.shape[-1])
     pad = [(0, 0)] * (k_D.ndim - 1) + [(0, width - k_D.shape[-1])]
     return jnp.concatenate([jnp.pad(k_D, pad), jnp.pad(v_D, pad)], -1)
@@ -66,7 +77,9 @@ def quantize(kv_PKZC: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, j
     """Whole pages to int8 with one f32 scale per page, head and part (keys, values).
 
     Returns (kv_pages_PKZC int8, k_scales_PK, v_scales_PK); value = int8 * scale, the largest
-    magnitude of a part becomes 127. A part of zeros gets scale 0.
+    magnitude of a part becomes 127. A part of zeros gets scale 0. A part with a NaN or an inf gets
+    that for its scale and reads as NaN, all of it: quantize pages whose every slot is finite, as
+    `join` into zeros leaves them.
     """
     scales_PK, parts = [], []
     for part_PKZD in split(kv_PKZC.astype(jnp.float32), head_dim):

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from lemur_kernels.decode_attention.kernel import DEPTH, kernel
-from lemur_kernels.decode_attention.needs_tpu import needs_tpu
 from lemur_kernels.decode_attention.pages import value_lane
 from lemur_kernels.decode_attention.plan import CORES, LANES, MAX_TABLE, Plan, make_items, make_plan
 from lemur_kernels.decode_attention.reference import pages_of_rows
+from lemur_kernels.needs_tpu import needs_tpu
 
 
 def pallas_tpu(
@@ -44,7 +44,7 @@ def pallas_tpu(
             f"{MAX_TABLE // M} rows at a time, or use larger pages (now {Z} tokens)"
         )
     if not interpret:
-        q_BNHD = needs_tpu(q_BNHD)
+        q_BNHD = needs_tpu(q_BNHD, "decode_attention", "gathered")
         # Protects memory; decode_attention makes such rows NaN.
         page_table_BM = jnp.clip(page_table_BM, 0, kv_pages_PKZC.shape[0] - 1)
     plan = make_plan(B, N, H, K, M, Z, C, kv_pages_PKZC.dtype.itemsize, window)
