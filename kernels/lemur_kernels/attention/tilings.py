@@ -1,7 +1,7 @@
 """How the TPU kernels cut their work: what they ask for, and first guesses for each chip.
 
 tools/certify_kernels.py compiles the guesses of `proposals` for every chip and shape; what the
-compiler accepted and predicted to be fastest is certified.json, which shapes.py reads at run time.
+compiler accepted and predicted to be fastest is certified.csv, which shapes.py reads at run time.
 """
 
 import dataclasses
