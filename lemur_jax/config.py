@@ -526,4 +526,6 @@ def model_config(stored: dict[str, Any]) -> ModelConfig:
     if unknown:
         raise ConfigError([f"stored model config has unknown fields: {', '.join(unknown)}"])
     stored["rope"] = RopeConfig(**stored["rope"])
+    for field in ("remat_saved", "remat_offloaded"):  # JSON has no tuples
+        stored[field] = tuple(stored.get(field, ()))
     return ModelConfig(**stored)

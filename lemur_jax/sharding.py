@@ -97,6 +97,13 @@ def _split_grid(inner: tuple[int, ...], sizes: MeshConfig, devices: list) -> np.
         ) from error
 
 
+def abstract_mesh(sizes: MeshConfig) -> jax.sharding.AbstractMesh:
+    """The mesh of resolved sizes without any device: for shapes and shardings."""
+    shape = [getattr(sizes, axis) for axis in MESH_AXES]
+    shape[0] *= sizes.dcn_data
+    return jax.sharding.AbstractMesh(tuple(shape), MESH_AXES)
+
+
 def resolve_mesh(config: MeshConfig, device_count: int) -> MeshConfig:
     """Replaces the size -1 by what the other sizes leave of `device_count`."""
     sizes = {name: getattr(config, name) for name in (*MESH_AXES, "dcn_data")}

@@ -78,7 +78,7 @@ def test_dry_run_of_a_pod_needs_no_pod(capsys, tiny_data, tmp_path):
     mesh = ["--gin.MeshConfig.fsdp=64", "--gin.MeshConfig.tensor=4"]
     run = [*train(tiny_data, tmp_path / "run"), *mesh, "--gin.DataConfig.batch_size=64"]
     assert cli.main([*run, "--dry_run"]) == cli.EXIT_BAD_INPUT  # embed 64 over 256
-    assert "ModelConfig.embed=64 must divide by MeshConfig.fsdp*tensor=256" in (
+    assert "ModelConfig.embed=64 must divide by MeshConfig.fsdp_outer*fsdp*tensor=256" in (
         capsys.readouterr().err
     )
     bigger = [*run, "--gin.ModelConfig.embed=256", "--dry_run"]

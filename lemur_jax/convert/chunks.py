@@ -1,5 +1,6 @@
 """A checkpoint of ours as a Target: chunk by chunk, as layers or as devices of a mesh read it."""
 
+import dataclasses
 import errno
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from lemur_jax.convert.stored import Region, Shape, contiguous
 from lemur_jax.convert.targets import Leaf
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
-from lemur_jax.sharding import MESH_AXES, spec
+from lemur_jax.sharding import abstract_mesh, spec
 
 
 class ChunksTarget:
@@ -130,17 +131,14 @@ def shard_shapes(config: ModelConfig, mesh: MeshConfig) -> dict[str, Shape]:
     Raises:
       ConversionError: the mesh does not divide the model.
     """
-    sizes = (mesh.data * mesh.dcn_data, mesh.fsdp, mesh.sequence, mesh.tensor)
-    if -1 in sizes:
+    if -1 in dataclasses.astuple(mesh):
         raise ConversionError(["--mesh: every size must be given, none can be -1"])
-    abstract_mesh = jax.sharding.AbstractMesh(sizes, MESH_AXES)
+    over = abstract_mesh(mesh)
     model, found, problems = abstract(config), {}, []
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
     for name, leaf in zip(param.flatten(model), leaves, strict=True):
         shape = leaf.get_value().shape
-        where = jax.sharding.NamedSharding(
-            abstract_mesh, spec(param.axes_of(leaf), abstract_mesh, shape)
-        )
+        where = jax.sharding.NamedSharding(over, spec(param.axes_of(leaf), over, shape))
         try:
             found[name] = where.shard_shape(shape)
         except ValueError as error:

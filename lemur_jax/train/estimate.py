@@ -62,11 +62,10 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
       config: with implementations of attention and loss other than "auto".
       mesh: resolved sizes.
     """
-    sizes = (mesh.data * mesh.dcn_data, mesh.fsdp_outer, mesh.fsdp, mesh.sequence, mesh.tensor)
-    abstract_mesh = jax.sharding.AbstractMesh(sizes, sharding.MESH_AXES)
-    state = abstract_state(config.model, optimizer(config.optimizer), abstract_mesh)
+    over = sharding.abstract_mesh(mesh)
+    state = abstract_state(config.model, optimizer(config.optimizer), over)
     rows, length = config.data.batch_size // config.micro_batches, config.data.sequence_length
-    batch_ways = math.prod(sizes[:3])
+    batch_ways = sharding.batch_ways(mesh)
     ways = batch_ways * mesh.sequence
     chunk = min(config.loss.chunk_tokens, length)
     vocab = sharding.padded_vocab(config.model)
@@ -74,7 +73,7 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
     logit_bytes = jnp.dtype(config.model.dtype).itemsize if kernel else 2 * 4
     return Estimate(
         parameters=param.size(state.model).parameters,
-        devices=math.prod(sizes),
+        devices=over.size,
         parameter_bytes=_bytes_per_device(state.model),
         optimizer_bytes=_bytes_per_device(state.opt_state),
         gradient_bytes=_bytes_per_device(state.model),

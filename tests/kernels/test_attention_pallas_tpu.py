@@ -299,7 +299,10 @@ def test_on_a_cpu_the_public_function_names_backend_and_fix():
     ("change", "message"),
     [
         ({"head_dim": 72}, r"head_dim=72 .*nearest supported: \d+; pad q, k and v"),
-        ({"heads": (6, 2)}, r"heads / kv_heads=3 .*nearest supported: \d+; repeat the kv heads"),
+        (
+            {"heads": (6, 2)},
+            r"heads / kv_heads=3 .*supported: 1; repeat each kv head 3 times",
+        ),
         ({"T": 2**20}, r"seq=1048576 .*nearest supported: \d+; split the row"),
         ({"dtype": jnp.float16}, r"dtype=float16 .*nearest supported: .*bfloat16.*cast q, k and v"),
     ],

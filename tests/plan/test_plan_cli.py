@@ -16,6 +16,7 @@ DATA = %gin.REQUIRED
 RUN = %gin.REQUIRED
 ModelConfig.attention = 'chunked'
 ModelConfig.remat = 'named'
+ModelConfig.remat_saved = ('kv', 'attention', 'mlp_residual')
 DataConfig.path = %DATA
 DataConfig.batch_size = 16
 DataConfig.sequence_length = 128

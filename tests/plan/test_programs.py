@@ -61,8 +61,16 @@ def test_auto_means_the_target_not_this_machine():
 @pytest.mark.parametrize(
     ("topology", "changes", "message"),
     [
-        ("v4-16", {}, "data=1 x fsdp=4 .* there are 8 devices: they must multiply to 8"),
-        ("v4-32", {"mesh": MeshConfig()}, "must divide by MeshConfig data.fsdp.dcn_data=16"),
+        (
+            "v4-16",
+            {},
+            "fsdp_outer=1 x fsdp=4 .* there are 8 devices: they must multiply to 8",
+        ),
+        (
+            "v4-32",
+            {"mesh": MeshConfig()},
+            "must divide by MeshConfig .*fsdp_outer.fsdp.dcn_data=16",
+        ),
         ("2xv4-8", {"mesh": MeshConfig()}, "2 slice.s.: set MeshConfig.dcn_data=2"),
         (
             "v4-8",
@@ -80,8 +88,8 @@ def test_bad_input_has_a_name(topology, changes, message):
 
 def test_a_shape_without_a_kernel_is_bad_input():
     """Red if the kernel's ValueError came through as a bug, or a bug as bad input."""
-    narrow = dataclasses.replace(MODEL, head_dim=64)
-    with pytest.raises(ConfigError, match=r"train on v4-8: .*not certified for head_dim=64"):
+    narrow = dataclasses.replace(MODEL, head_dim=72, attention="pallas_tpu")
+    with pytest.raises(ConfigError, match=r"train on v4-8: .*not certified for head_dim=72"):
         programs.compile_program(changed(model=narrow), slice_named("v4-8"))
 
 
@@ -128,7 +136,9 @@ def test_the_train_step_compiles_is_read_and_kept(tmp_path, monkeypatch):
     assert found.flops.hardware >= found.flops.model > 0
     best, worst = found.interval
     assert 0 < best <= worst
-    assert {"TrainConfig.micro_batches", "ModelConfig.remat"} <= {k.setting for k in found.knobs}
+    assert {"TrainConfig.micro_batches", "ModelConfig.remat_saved, remat_offloaded"} <= {
+        k.setting for k in found.knobs
+    }
 
     def compile_again(*args, **kwargs):
         raise AssertionError("compiled again")
@@ -175,10 +185,10 @@ def _fits_when(condition, said):
     ("condition", "text"),
     [
         (lambda c, w: c.loss.chunk_tokens < 4096, "LossConfig.chunk_tokens=1024"),
-        (lambda c, w: c.model.remat == "named", "ModelConfig.remat='named'"),
+        (lambda c, w: c.model.remat_saved, "remat_saved=('kv', 'attention', 'mlp_residual')"),
         (lambda c, w: c.micro_batches >= 4, "TrainConfig.micro_batches=4"),
         (lambda c, w: c.mesh.tensor == 2, "MeshConfig.fsdp=2, MeshConfig.tensor=2"),
-        (lambda c, w: c.model.remat == "offload", "ModelConfig.remat='offload'"),
+        (lambda c, w: c.model.remat_offloaded, "('layer_input', 'attention')"),
         (
             lambda c, w: c.micro_batches == 16 and c.model.remat == "full",
             "ModelConfig.remat='full', TrainConfig.micro_batches=16",

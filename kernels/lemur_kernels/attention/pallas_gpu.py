@@ -36,7 +36,6 @@ from lemur_kernels.attention.mask import Options, Rows, all_seen, block_ranges, 
 
 LOG2_E = math.log2(math.e)
 MAX_HEAD_DIM = 256
-DTYPES = ("bfloat16", "float16", "float32")
 # Contracted axes of a product: both operands as they are, or the right one transposed.
 NN, NT = ((1,), (0,)), ((1,), (1,))
 
@@ -70,7 +69,7 @@ def forward(
     runs on any backend.
 
     Raises:
-      ValueError: the backend, a dtype or a head_dim that the kernels do not take.
+      ValueError: the backend or a head_dim that the kernels do not take.
     """
     _check(q_BTHD, interpret)
     B, T, H, D = q_BTHD.shape
@@ -395,11 +394,6 @@ def _check(q_BTHD, interpret: bool) -> None:
         raise ValueError(
             f"attention implementation='pallas_gpu' needs an NVIDIA GPU, the backend is "
             f"{backend!r}; use implementation='chunked'"
-        )
-    if q_BTHD.dtype.name not in DTYPES:
-        raise ValueError(
-            f"attention implementation='pallas_gpu' takes {', '.join(DTYPES)}, q is "
-            f"{q_BTHD.dtype}; cast q, k and v or use implementation='chunked'"
         )
     if q_BTHD.shape[3] > MAX_HEAD_DIM:
         raise ValueError(
