@@ -136,9 +136,8 @@ def test_the_train_step_compiles_is_read_and_kept(tmp_path, monkeypatch):
     assert found.flops.hardware >= found.flops.model > 0
     best, worst = found.interval
     assert 0 < best <= worst
-    assert {"TrainConfig.micro_batches", "ModelConfig.remat_saved, remat_offloaded"} <= {
-        k.setting for k in found.knobs
-    }
+    settings = {k.setting for k in found.knobs}
+    assert {"TrainConfig.micro_batches", "ModelConfig.remat_saved, remat_offloaded"} <= settings
 
     def compile_again(*args, **kwargs):
         raise AssertionError("compiled again")

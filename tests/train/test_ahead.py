@@ -96,7 +96,7 @@ def test_a_loaded_step_is_the_compiled_step(saved):
         ),
         (
             {"model": dataclasses.replace(MODEL, layers=3)},
-            "arguments.0/model/layers/wq: saved \"float32[2, 16, 4, 8] over P(None, ('fsdp_outer', ",
+            "arguments.0/model/layers/wq: saved \"float32[2, 16, 4, 8] over P(None, ('fsdp_o",
         ),
         (
             {"optimizer": OptimizerConfig(peak_learning_rate=2e-2)},
