@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 UV = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-slow certify check fmt
+.PHONY: demo test test-slow certify golden check fmt
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python tools/demo.py
@@ -16,6 +16,9 @@ test-slow: $(VENV)/.ready-test
 
 certify: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest -m certify
+
+golden: $(VENV)/.ready-test
+	$(VENV)/bin/python tools/golden_pods.py --jobs 4
 
 check: $(VENV)/.ready-test
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
