@@ -84,7 +84,10 @@ def compile_cached(
     root = directory or default_directory()
     entry = root / fingerprint(config, where, name, serving)
     if not executable and (entry / "program.json").is_file():
-        return _read(entry, config, where, name)
+        try:
+            return _read(entry, config, where, name)
+        except (ValueError, KeyError, EOFError, OSError):  # damaged: compiled again, and replaced
+            shutil.rmtree(entry)
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="new_") as made:
         work = Path(made) / "entry"

@@ -62,6 +62,17 @@ class Options:
             for name in self.program
             if name not in PROGRAMS
         ]
+        if not self.program:
+            problems.append(f"--program is empty: name some of {', '.join(PROGRAMS)}")
+        if self.save is not None and not set(self.program) <= set(SAVED):
+            problems.append(
+                f"--save keeps {' and '.join(SAVED)} only (`lemur train --compiled` runs them): "
+                "leave the others out of --program"
+            )
+        if self.json is not None and (
+            self.json.is_dir() or not self.json.absolute().parent.is_dir()
+        ):
+            problems.append(f"--json={self.json} must be a file in an existing directory")
         for flag in ("rows", "prompt_tokens", "cache_tokens"):
             value = getattr(self, flag)
             if value is not None and value < 1:
@@ -102,10 +113,14 @@ def plan(config: TrainConfig, options: Options, console: Console | None = None) 
     for name in options.program:
         shapes = serving if name in ("prefill", "decode") else None
         results.append(_one(config, where, name, shapes, options, console))
+    _write_json(results, options, console)
+    return all(result["fits"] for result in results)
+
+
+def _write_json(results: list[dict[str, Any]], options: Options, console: Console) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
         console.print(f"wrote {options.json}", highlight=False)
-    return all(result["fits"] for result in results)
 
 
 def _search(config: TrainConfig, where: Slice, options: Options, console: Console) -> bool:
@@ -134,7 +149,8 @@ def _search(config: TrainConfig, where: Slice, options: Options, console: Consol
     output.write_text(search.gin_text(results, where, minutes))
     say(f"fastest: {search.line(results[0], where)}")
     say(f"wrote {output} after {minutes:.1f} minutes")
-    _one(results[0].candidate.config, where, "train", None, options, console)
+    page = _one(results[0].candidate.config, where, "train", None, options, console)
+    _write_json([page], options, console)
     return True
 
 

@@ -9,7 +9,7 @@ from lemur_jax.plan.programs import Compiled, CompileRefused
 from lemur_jax.plan.serving import Serving
 from lemur_jax.plan.slices import Slice, shapes, slice_named
 
-MOST_COMPILES = 12
+MOST_COMPILES = 13
 SMALLEST_CHUNK = 512
 _MICRO = "TrainConfig.micro_batches"
 
@@ -85,9 +85,11 @@ def changes(
             full = _model(remat="full", remat_saved=(), remat_offloaded=())
             savers.append(("ModelConfig.remat='full'", full))
         ways = sharding.batch_ways(config.mesh)
-        for factor in (2, 4, 8):
-            micro = config.micro_batches * factor
-            if config.data.batch_size % (micro * ways) == 0:
+        rows = config.data.batch_size // config.micro_batches // ways
+        # The last: one row a device. What a step holds shrinks with the rows of a micro-batch.
+        for factor in sorted({2, 4, 8, rows}):
+            if factor > 1 and rows % factor == 0:
+                micro = config.micro_batches * factor
                 savers.append((f"{_MICRO}={micro}", _micro_batches(micro)))
     for text, apply in savers:
         yield change(text, apply(config))

@@ -11,8 +11,7 @@ from lemur_jax.errors import LemurError
 VERSION = "0.0.42.1"
 JAX = "0.10.2"
 INSTALL = (
-    "In an environment with Python 3.11: pip install 'lemur_jax[tpu]' "
-    f"(jax {JAX}, libtpu {VERSION})"
+    f"In an environment with Python 3.11: pip install -e '.[tpu]' (jax {JAX}, libtpu {VERSION})"
 )
 # Without these libtpu asks a metadata server which TPU it sits on, and locks out other processes.
 _ENVIRONMENT = {

@@ -79,10 +79,15 @@ def search(
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
 
         def compile_all(chosen: Iterable[Candidate]) -> None:
-            running = {pool.submit(compile_one, c, where, cache): c for c in chosen}
+            def in_time(candidate: Candidate) -> Result | None:
+                late = bool(results) and time.monotonic() > until
+                return None if late else compile_one(candidate, where, cache)
+
+            running = [pool.submit(in_time, c) for c in chosen]
             for done in concurrent.futures.as_completed(running):
-                results.append(done.result())
-                report(line(results[-1], where))
+                if done.result() is not None:
+                    results.append(done.result())
+                    report(line(results[-1], where))
 
         waiting = short_list(every, where)
         while waiting and (not results or time.monotonic() < until):
@@ -194,6 +199,8 @@ def gin_text(results: list[Result], where: Slice, minutes: float) -> str:
         "# Compiler-predicted; seconds are a time model's best and worst corner. Compiled:",
         *(f"#   {line(r, where)}" for r in results),
     ]
+    if not _spares(best, where):
+        lines.append("# It leaves less than 1 GiB: nothing that was compiled leaves more.")
     if best.host_bytes:
         rate = best.candidate.host_bytes_per_s / 2**30
         lines.append(f"# Offloading needs about {rate:.1f} GiB/s a device in each direction.")

@@ -60,7 +60,7 @@ def test_without_the_compiler_it_says_how_to_install_it(capsys, recipe, monkeypa
     """Red if the command looked at anything before it looked for libtpu."""
     monkeypatch.setattr(libtpu, "_version", {"libtpu": None, "jax": libtpu.JAX}.get)
     assert cli.main([*recipe, "--topology=v4-8"]) == cli.EXIT_BAD_INPUT
-    assert "Python 3.11: pip install 'lemur_jax[tpu]'" in capsys.readouterr().err
+    assert "Python 3.11: pip install -e '.[tpu]'" in capsys.readouterr().err
 
 
 @needs_libtpu
@@ -136,3 +136,18 @@ def test_what_does_not_fit_is_told_by_how_much_and_what_would(
     result = json.loads((tmp_path / "plan.json").read_text())[0]
     assert result["fits"] is False and result["fix"] is None
     assert result["needed_bytes"] - result["usable_bytes"] == int(9.25 * 2**30)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--program="], "--program is empty: name some of train, evaluate, prefill, decode"),
+        (["--program=train,decode", "--save=x"], "--save keeps train and evaluate only"),
+        (["--json=no/such/place.json"], "must be a file in an existing directory"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(capsys, recipe, flags, message):
+    """Red if an empty list of programs "fits", or a flag is dropped without a word."""
+    assert cli.main([*recipe, "--topology=v4-8", *flags]) == cli.EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err

@@ -103,7 +103,7 @@ def test_no_compiler_or_another(monkeypatch, installed, message):
     with pytest.raises(libtpu.CompilerMissing) as error:
         libtpu.prepare()
     assert message in str(error.value)
-    assert "pip install 'lemur_jax[tpu]'" in str(error.value)
+    assert "pip install -e '.[tpu]'" in str(error.value)
 
 
 def test_the_lock_is_explained():
@@ -188,8 +188,9 @@ def test_two_compilers_at_once(allowed, monkeypatch):
             )
             said.append(process.stdout.readline().strip())
             running.callback(process.stdin.close)
-    assert said[0] == "4"
+    in_use = "LemurError libtpu is in use by another process"
     if allowed:
-        assert said[1] == "4"
-    else:
-        assert said[1].startswith("LemurError libtpu is in use by another process")
+        assert said == ["4", "4"]
+    else:  # the first may meet some other test's compiler
+        assert said[0] == "4" or said[0].startswith(in_use)
+        assert said[1].startswith(in_use)
