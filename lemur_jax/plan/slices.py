@@ -160,9 +160,8 @@ def _all_names() -> list[str]:
 def topology(where: Slice):
     """libtpu's description of the slice: `.devices` to compile for, none of them attached.
 
-    Call `libtpu.prepare` first.
-
     Raises:
+      CompilerMissing: libtpu is not installed, or another version.
       LemurError: libtpu refuses.
     """
     from jax.experimental import topologies
@@ -175,6 +174,7 @@ def topology(where: Slice):
     if where.slices > 1:
         options["num_slices"] = where.slices
     small = math.prod(where.shape) < 4
+    libtpu.prepare()
     with libtpu.explained():
         return topologies.get_topology_desc(
             platform="tpu",

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.slow
 
 F32 = {"rtol": 2e-5, "atol": 5e-6}
 # 2^-8 for each of the inputs' products, the probabilities and the result; dq of a token that sees
-# itself alone is 0, and here the rounding of out: 2^-9 sqrt(D) of dout . out.
-BF16 = {"rtol": 1e-2, "atol": 2e-2}
+# itself alone is 0, and here the rounding of out: 2^-9 sqrt(D) of dout . out, times scale k.
+BF16 = {"rtol": 1e-2, "atol": 4e-2}
 
 
 def drawn(seed):
