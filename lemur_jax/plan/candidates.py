@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
 from lemur_jax.model import decoder, param
-from lemur_jax.plan.knobs import activation_bytes
+from lemur_jax.plan.knobs import activation_bytes, making_weights
 from lemur_jax.plan.slices import Slice
 from lemur_jax.train.metrics import flops_per_token
 
@@ -83,17 +83,18 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
     found = []
     weights = param.size(decoder.abstract(config.model)).parameters
     data = config.data
-    flops = flops_per_token(config.model, data.sequence_length) * data.batch_size
-    flops *= data.sequence_length
+    length = data.sequence_length
+    flops = flops_per_token(config.model, length) * data.batch_size * length
+    loss = dataclasses.replace(config.loss, chunk_tokens=length)
+    # Only v4 makes gathers asynchronous that are not fused with a product.
+    options = SEPARATE if where.chip.name == "v4" else FUSED
     for mesh, explicit in _meshes(config, where):
-        ways = sharding.batch_ways(mesh)
-        most = config.data.batch_size // ways
+        most = data.batch_size // sharding.batch_ways(mesh)
         counts = [m for m in range(1, most + 1) if most % m == 0]
         for micro, (remat, saved, offloaded) in itertools.product(counts, POLICIES):
             model = dataclasses.replace(
                 config.model, remat=remat, remat_saved=saved, remat_offloaded=offloaded
             )
-            loss = dataclasses.replace(config.loss, chunk_tokens=config.data.sequence_length)
             try:
                 changed = dataclasses.replace(
                     config,
@@ -102,11 +103,9 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
                     loss=loss,
                     micro_batches=micro,
                     explicit_gradients=explicit,
-                    # Only v4 makes gathers asynchronous that are not fused with a product.
-                    compiler_options=SEPARATE if where.chip.name == "v4" else FUSED,
+                    compiler_options=options,
                 )
-                rows = config.data.batch_size // micro
-                length = config.data.sequence_length
+                rows = data.batch_size // micro
                 sharding.check(model, mesh, rows=rows, sequence_length=length)
             except ConfigError:
                 continue
@@ -174,10 +173,9 @@ def _recomputed(config: TrainConfig) -> float:
     """FLOPs that the backward pass does again, as a share of the model's."""
     c = config.model
     kept = (*c.remat_saved, *c.remat_offloaded)
-    heads, kv = c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim
-    parts = {"q": heads, "kv": kv, "mlp_residual": heads, "gate": c.mlp, "up": c.mlp}
-    again = sum(size for name, size in parts.items() if name not in kept) * c.embed
-    whole = c.embed * (2 * heads + kv + 3 * c.mlp)
+    weights = making_weights(c)
+    again = sum(size for name, size in weights.items() if name not in kept)
+    whole = sum(weights.values()) + c.embed * c.mlp  # the last product is never done again
     return again / whole / 3 * (1 if c.remat != "none" else 0)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lemur_jax import sharding
-from lemur_jax.config import ACTIVATION_NAMES, TrainConfig
+from lemur_jax.config import ACTIVATION_NAMES, ModelConfig, TrainConfig
 from lemur_jax.plan import cost as cost_model
 from lemur_jax.plan import memory as owners
 from lemur_jax.plan.cost import Cost, Row
@@ -119,6 +119,14 @@ def activation_bytes(config: TrainConfig, rows: int) -> dict[str, float]:
     }
 
 
+def making_weights(c: ModelConfig) -> dict[str, int]:
+    """Weights of a layer whose product makes each activation; the attention has none."""
+    heads = c.embed * c.heads * c.head_dim
+    mlp = c.embed * c.mlp
+    kv = c.embed * 2 * c.kv_heads * c.head_dim
+    return {"q": heads, "kv": kv, "mlp_residual": heads, "gate": mlp, "up": mlp}
+
+
 def _recomputation_seconds(config: TrainConfig, rows: int, cost: Cost) -> dict[str, float]:
     """Seconds of a step in which the backward pass makes each activation again, when it is not
     kept but what it is made of is: at the present rate of the products and of the kernel."""
@@ -131,14 +139,8 @@ def _recomputation_seconds(config: TrainConfig, rows: int, cost: Cost) -> dict[s
     forward = sum(r.times * r.seconds for r in kernels) / (1 if kept else 2)
     tokens = config.micro_batches * rows * config.data.sequence_length / config.mesh.sequence
     per_weight = 2 * tokens * c.layers * rate / config.mesh.tensor
-    return {
-        "q": per_weight * c.embed * c.heads * c.head_dim,
-        "kv": per_weight * c.embed * 2 * c.kv_heads * c.head_dim,
-        "attention": forward,
-        "mlp_residual": per_weight * c.embed * c.heads * c.head_dim,
-        "gate": per_weight * c.embed * c.mlp,
-        "up": per_weight * c.embed * c.mlp,
-    }
+    products = {name: per_weight * weights for name, weights in making_weights(c).items()}
+    return products | {"attention": forward}
 
 
 def _remat(config: TrainConfig, rows: int, memory: Memory, cost: Cost) -> list[Knob]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from lemur_kernels.cross_entropy import CrossEntropy, cross_entropy
-from lemur_kernels.cross_entropy.blocks import DEVICE_KINDS
+from lemur_kernels.target import DEVICE_KINDS
 
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, LossConfig

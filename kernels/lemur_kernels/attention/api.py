@@ -123,12 +123,8 @@ def attention_with_lse(
       ValueError: as `attention`.
     """
     rows = Rows(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    options = checked(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap)
-    q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
-        q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
-    )
-    implementation_named(implementation)
-    out_BTHD, lse_BHT = _attend(q_BTHD, k_BSKD, v_BSKD, Rows(*rows), options, implementation)
+    call = prepared(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap, implementation)
+    out_BTHD, lse_BHT = _attend(*call, implementation)
     return out_BTHD, jax.lax.stop_gradient(lse_BHT)
 
 
@@ -139,8 +135,7 @@ def _attend(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation):
 
 def _attend_forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation):
     out_BTHD, lse_BHT = _attend(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation)
-    out_BTHD = checkpoint_name(out_BTHD, SAVED_NAMES[0])
-    lse_BHT = checkpoint_name(lse_BHT, SAVED_NAMES[1])
+    out_BTHD, lse_BHT = saved(out_BTHD, lse_BHT)
     return (out_BTHD, lse_BHT), (q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT)
 
 
@@ -154,6 +149,11 @@ def _attend_backward(options, implementation, residuals, cotangents):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def saved(out_BTHD, lse_BHT):
+    """What the forward kernel gives the backward pass, under SAVED_NAMES."""
+    return checkpoint_name(out_BTHD, SAVED_NAMES[0]), checkpoint_name(lse_BHT, SAVED_NAMES[1])
 
 
 def differentiable_once(*inputs):
@@ -185,6 +185,22 @@ def implementation_named(name: str) -> ModuleType:
     if name not in modules:
         raise ValueError(f"implementation={name!r} is unknown; legal: {IMPLEMENTATIONS}")
     return modules[name]
+
+
+def prepared(
+    q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, soft_cap, implementation: str
+):
+    """The checked arguments of a call as every form takes them: q, k, v, Rows of int32, Options.
+
+    Raises:
+      ValueError: as `attention`.
+    """
+    options = checked(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap)
+    implementation_named(implementation)
+    q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
+        q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
+    )
+    return q_BTHD, k_BSKD, v_BSKD, Rows(*rows), options
 
 
 def checked(q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, soft_cap) -> Options:

@@ -13,11 +13,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lemur_kernels.attention import api
 from lemur_kernels.attention.mask import Rows
-from lemur_kernels.varying import varying_alike
 
 
 def gather_attention(
@@ -52,12 +50,10 @@ def gather_attention(
       ValueError: as `attention`.
     """
     rows = Rows(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    options = api.checked(q_BTHD, k_BSKD, v_BSKD, rows, False, scale, window, soft_cap)
-    api.implementation_named(implementation)
-    q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
-        q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
+    call = api.prepared(
+        q_BTHD, k_BSKD, v_BSKD, rows, False, scale, window, soft_cap, implementation
     )
-    return _gather(q_BTHD, k_BSKD, v_BSKD, Rows(*rows), options, implementation, axis_name)
+    return _gather(*call, implementation, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -68,9 +64,7 @@ def _gather(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation, axis_name):
 def _forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation, axis_name):
     kernel = api.implementation_named(implementation)
     every_key = _from_all_devices(k_BSKD, v_BSKD, rows, axis_name)
-    out_BTHD, lse_BHT = kernel.forward(q_BTHD, *every_key, options)
-    out_BTHD = checkpoint_name(out_BTHD, api.SAVED_NAMES[0])
-    lse_BHT = checkpoint_name(lse_BHT, api.SAVED_NAMES[1])
+    out_BTHD, lse_BHT = api.saved(*kernel.forward(q_BTHD, *every_key, options))
     return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT)
 
 

@@ -18,11 +18,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lemur_kernels.attention import api
 from lemur_kernels.attention.mask import Options, Rows, block_ranges, may_see
-from lemur_kernels.varying import varying_alike
 
 # Tokens of one block in the test that skips a visitor. Devices that hold several stretches of a
 # row need blocks no longer than a stretch for the test to be sharp.
@@ -64,12 +62,10 @@ def ring_attention(
       ValueError: as `attention`.
     """
     rows = Rows(q_positions_BT, kv_positions_BS, q_segments_BT, kv_segments_BS)
-    options = api.checked(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap)
-    api.implementation_named(implementation)
-    q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
-        q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
+    call = api.prepared(
+        q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap, implementation
     )
-    return _ring(q_BTHD, k_BSKD, v_BSKD, Rows(*rows), options, implementation, axis_name)
+    return _ring(*call, implementation, axis_name)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -106,8 +102,7 @@ def _forward(q_BTHD, k_BSKD, v_BSKD, rows, options, implementation, axis_name):
         (merged, visitor), _ = lax.scan(step, (merged, visitor), length=steps - 1)
     if steps:
         merged = visit(merged, visitor)
-    out_BTHD = checkpoint_name(merged[0].astype(q_BTHD.dtype), api.SAVED_NAMES[0])
-    lse_BHT = checkpoint_name(merged[1], api.SAVED_NAMES[1])
+    out_BTHD, lse_BHT = api.saved(merged[0].astype(q_BTHD.dtype), merged[1])
     return out_BTHD, (q_BTHD, k_BSKD, v_BSKD, rows, out_BTHD, lse_BHT)
 
 

@@ -10,17 +10,9 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from lemur_kernels.target import DEVICE_KINDS
+
 TABLE = Path(__file__).with_name("certified.csv")
-DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "v7x",
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lemur_kernels.target import DEVICE_KINDS
+
 LANES = 128
 STRIP = 64  # rows whose exp, sum and maximum are taken together; all of them in registers
 
@@ -34,16 +36,6 @@ CHIPS = {
     "v5p": Blocks(1024, 1024, 512, 48 * MIB),
     "v6e": Blocks(2048, 1024, 1024, 96 * MIB),
     "v7x": Blocks(1024, 1024, 1024, 48 * MIB),
-}
-DEVICE_KINDS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "v7x",
 }
 
 
