@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -200,7 +201,15 @@ def check_digests(source: Source, found: dict[str, Tally]) -> None:
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process has had in memory, as the kernel counts it."""
+    """The most that this process has had in memory, as the kernel counts it.
+
+    getrusage counts more: a process starts with what its parent had when it was spawned.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
