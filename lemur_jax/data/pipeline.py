@@ -75,8 +75,8 @@ def read_manifest(path: str) -> dict:
     if version not in (1, FORMAT_VERSION) or not complete:
         raise ConfigError(
             [
-                f"DataConfig.path={path!r} has format_version={version}, not a data set of version 1 "
-                f"or {FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
+                f"DataConfig.path={path!r} has format_version={version}, not a data set of version "
+                f"1 or {FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
             ]
         )
     return manifest
@@ -128,7 +128,7 @@ class Pipeline:
         self._lazy_order = None
 
     def _open(self, root: Path, source: str, split: str, counts: Mapping) -> RowStore:
-        store = RowStore(root / source / split)
+        store = RowStore(root / source / split, counts.get("parts"))  # none in format 1
         expected = counts["rows"], self.config.sequence_length + 1
         if (store.rows, store.columns) != expected:
             raise ConfigError(
