@@ -1,6 +1,7 @@
 """A conversation, and what is wrong with it."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -58,7 +59,7 @@ def fault(messages: tuple[Message, ...]) -> str | None:
         return "no assistant turn"
     if turns[0] != "user":
         return "not alternating: it begins with the assistant"
-    for before, after in zip(turns, turns[1:]):
+    for before, after in itertools.pairwise(turns):
         if before == after:
             return f"not alternating: two {after} turns in a row"
     return None

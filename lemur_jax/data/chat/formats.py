@@ -20,8 +20,8 @@ types "<|im_end|>" gets the pieces of those ten characters.
 
 What is learnt: an assistant's content and what ends its turn (<|im_end|> and "\\n"), not the header
 before it. A border inside of a stretch of text is where the tokens of the text before it end, found
-by tokenising that prefix again, as train.py did. With Llama-2's tokenizer "\\n" is a byte piece that
-nothing merges with, so such a prefix is always a prefix of the ids.
+by tokenising that prefix again, as train.py did. With Llama-2's tokenizer "\\n" is a byte piece
+that nothing merges with, so such a prefix is always a prefix of the ids.
 """
 
 import dataclasses
