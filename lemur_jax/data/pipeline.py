@@ -72,11 +72,11 @@ def read_manifest(path: str) -> dict:
         raise ConfigError(
             [f"DataConfig.path={path!r} holds no data set ({type(error).__name__}): {fix}"]
         ) from error
-    if version != FORMAT_VERSION or not complete:
+    if version not in (1, FORMAT_VERSION) or not complete:
         raise ConfigError(
             [
-                f"DataConfig.path={path!r} has format_version={version}, not a data set of version "
-                f"{FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
+                f"DataConfig.path={path!r} has format_version={version}, not a data set of version 1 "
+                f"or {FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
             ]
         )
     return manifest
@@ -178,7 +178,8 @@ class Pipeline:
             here = [i for i, place in enumerate(places) if place.source == source]
             if here:
                 wanted = [places[i].row for i in here]
-                tokens[here], segments[here] = self._stores[source, "train"].read(wanted)
+                found = self._stores[source, "train"].read(wanted)
+                tokens[here], segments[here] = found.tokens, found.segments
         return make_batch(tokens, segments)
 
     def places(self, step: int, start: int = 0, stop: int | None = None) -> list["Place"]:
@@ -267,7 +268,8 @@ class Pipeline:
         numbers = np.arange(index * size, min((index + 1) * size, store.rows))
         tokens = np.zeros((size, store.columns), np.int32)
         segments = np.zeros((size, store.columns), np.int32)
-        tokens[: len(numbers)], segments[: len(numbers)] = store.read(numbers)
+        found = store.read(numbers)
+        tokens[: len(numbers)], segments[: len(numbers)] = found.tokens, found.segments
         return make_batch(tokens, segments)
 
     def unigram_entropy(self, source: str) -> float:
