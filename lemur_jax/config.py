@@ -296,9 +296,9 @@ class DataConfig:
       batch_size: rows of a global batch, over all hosts and micro-batches.
       sequence_length: T; must equal the row length that the data set was built with.
       seed: of the global order.
-      weight_changes: ((step, source, rate), ...): once `step` steps are done, `source` has `rate` in
-        place of the one it was built with (or changed to before), and the others keep theirs; 0
-        leaves it out. Steps before stay as they were; docs/data_order.md.
+      weight_changes: ((step, source, rate), ...): once `step` steps are done, `source` has `rate`
+        in place of the one it was built with (or changed to before), and the others keep theirs;
+        0 leaves it out. Steps before stay as they were; docs/data_order.md.
     """
 
     path: str

@@ -23,11 +23,12 @@ from rich.progress import Progress
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data.files import Document, expand, new_directory
+from lemur_jax.data.pack import StreamPacker
 from lemur_jax.data.sources import SPLITS, SourceConfig, documents
-from lemur_jax.data.store import RowWriter
+from lemur_jax.data.store import RowsWriter, part_name
 from lemur_jax.data.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHARACTERS_PER_BATCH = 4_000_000
 
 
@@ -170,7 +171,13 @@ def _build_source(
     config: BuildConfig, source: SourceConfig, tokenizer: Tokenizer, root: Path, progress: Progress
 ) -> dict[str, dict]:
     writers = {
-        split: RowWriter(root / source.name / split, config.sequence_length, tokenizer.vocab_size)
+        split: StreamPacker(
+            RowsWriter(
+                root / source.name / split / part_name(0),
+                config.sequence_length,
+                tokenizer.vocab_size,
+            )
+        )
         for split in SPLITS
     }
     counts = np.zeros(tokenizer.vocab_size, np.int64)  # of the held-out targets

@@ -50,7 +50,7 @@ def inspect(
 def _print_row(
     console: Console, tokenizer: Tokenizer, store: RowStore, title: str, row: int
 ) -> None:
-    tokens, segments = store.read([row])
+    tokens, segments, _ = store.read([row])
     batch = make_batch(tokens, segments)
     real = int((segments != 0).sum())
     console.rule(f"[bold]{title}[/]: {real} tokens, {int(batch.weights.sum())} weighted targets")

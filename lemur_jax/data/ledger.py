@@ -6,9 +6,9 @@ Lines are only ever added. Events, with what each holds beside `time` and `chain
                     the `ranges` of rows of a micro-batch that they read, micro_batches
     saved           step, `since` (the step of the start or checkpoint before), `reads`: the sum of
                     the hashes of all rows that were fed since then (see reads.py)
-    exclude         documents {source: [numbers]}, paths, `asked`: the words of the command; in force
-                    from the step of the next line that says begun or resumed, or from `step`
-                    if it has one
+    exclude         documents {source: [numbers]}, their paths, `asked`: the words of the command;
+                    in force from the step of the next line that says begun or resumed, or from
+                    `step` when it has one and that is later
 
 `chain` is a hash of the line and of the chain before it, so that a line that was changed, taken
 out or put in is found. Process 0 of a run writes; `lemur data exclude` does too.

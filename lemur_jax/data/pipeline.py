@@ -1,8 +1,9 @@
 """What training reads: batch(step), for any step, on any host, in any order.
 
 Dimension key: B batch_size, T sequence_length. A pipeline has no state: `batch(step)` is a pure
-function of the data set, the seed, the declared events (`events.py`) and the step, so resuming needs a few
-integers (`position`) and any number of hosts read parts of one and the same global batch (`rows`).
+function of the data set, the seed, the declared events (`events.py`) and the step, so resuming
+needs a few integers (`position`) and any number of hosts read parts of one and the same global
+batch (`rows`).
 
 Nothing is read ahead: the loop reads a batch while the devices compute the step before it (it waits
 for metrics one step late), so a thread that read earlier would hide nothing more.
@@ -13,60 +14,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lemur_jax.config import ConfigError, DataConfig
 from lemur_jax.data import events
+from lemur_jax.data.batch import Batch, make_batch
 from lemur_jax.data.build import FORMAT_VERSION
 from lemur_jax.data.events import Exclusion
+from lemur_jax.data.position import problems_of
 from lemur_jax.data.store import Piece, Rows, RowStore
 from lemur_jax.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lemur_jax.data.order import Order, Place
-
-
-class Batch(NamedTuple):
-    """Rows of tokens. All arrays are [B, T].
-
-    Attributes:
-      inputs: int32 token ids.
-      targets: int32, the token after each input.
-      weights: float32, 1 where input and target are real tokens of one document (and, in a store
-        with a loss mask, the target is to be learnt), else 0.
-      positions: int32, 0, 1, 2... restarting where a document (or its next part) begins in the row.
-      segment_ids: int32 of the inputs: 1, 2, 3... in each row; 0 = padding.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-
-
-def make_batch(
-    tokens: np.ndarray, segments: np.ndarray, loss: np.ndarray | None = None
-) -> Batch:
-    """A Batch from stored rows: tokens, segments and loss (None: every target counts) [B, T+1]."""
-    segment_ids = segments[:, :-1].astype(np.int32)
-    real = segment_ids != 0
-    weights = (segments[:, 1:] == segments[:, :-1]) & real
-    if loss is not None:
-        weights &= loss[:, 1:] != 0
-    index = np.arange(segment_ids.shape[1], dtype=np.int32)
-    begins = np.ones(segment_ids.shape, bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    return Batch(
-        inputs=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
-        weights=weights.astype(np.float32),
-        positions=np.where(real, index - start, 0).astype(np.int32),
-        segment_ids=segment_ids,
-    )
 
 
 def read_manifest(path: str) -> dict:
@@ -81,48 +43,14 @@ def read_manifest(path: str) -> dict:
         raise ConfigError(
             [f"DataConfig.path={path!r} holds no data set ({type(error).__name__}): {fix}"]
         ) from error
-    if version != FORMAT_VERSION or not complete:
+    if version not in (1, FORMAT_VERSION) or not complete:
         raise ConfigError(
             [
                 f"DataConfig.path={path!r} has format_version={version}, not a data set of version "
-                f"{FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
+                f"1 or {FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
             ]
         )
     return manifest
-
-
-# What a position must share with the checkpoint it goes on from, and how to mend it.
-_FIXES = {
-    "seed": "set DataConfig.seed back",
-    "batch_size": "set DataConfig.batch_size back: a step is batch_size rows",
-    "sequence_length": "set DataConfig.sequence_length back",
-    "rates": "build the mixture with the old rates; DataConfig.weight_changes is for new ones",
-    "manifest": "give the data set that the run began with (DataConfig.path)",
-    "order": "the order differs: restore the data set, or the version of grain",
-    "weight_changes": "what lies before the checkpoint's step cannot change: set "
-    "DataConfig.weight_changes back up to there",
-    "exclusions": "what lies before the checkpoint's step cannot change: restore the run's "
-    "data_ledger.jsonl",
-    "rows_used": "the rows read so far differ: set DataConfig.weight_changes back",
-}
-# Events came later than the first checkpoints, which had none.
-_WITHOUT_EVENTS = {"weight_changes": "", "exclusions": ""}
-
-
-def position_problems(now: Mapping, saved: Mapping) -> list[str]:
-    """What differs between two positions of the same step, as far as it lies behind it."""
-    step, problems = int(saved["step"]), []
-    for field, fix in _FIXES.items():
-        ours, theirs = now[field], saved.get(field, _WITHOUT_EVENTS.get(field))
-        if field in _WITHOUT_EVENTS:
-            ours, theirs = events.before(ours, step), events.before(str(theirs), step)
-        if field == "rows_used" and (theirs is None or problems):
-            continue  # an older checkpoint has none; and what differs above is the reason
-        if ours != theirs:
-            problems.append(
-                f"data position: {field}={ours!r} but the checkpoint has {theirs!r}: {fix}"
-            )
-    return problems
 
 
 class Pipeline:
@@ -186,8 +114,7 @@ class Pipeline:
             f"{max(numbers)}: the list was made for another data set than {self.config.path!r}"
             for exclusion in exclusions
             for source, numbers in exclusion.documents.items()
-            if source not in self.sources
-            or max(numbers) >= self._stores[source, "train"].documents
+            if source not in self.sources or max(numbers) >= self._stores[source, "train"].documents
         ]
         if problems:
             raise ConfigError(problems)
@@ -318,7 +245,7 @@ class Pipeline:
         if "step" not in saved:
             raise ConfigError([f"data position {dict(saved)} has no step: it is not a position"])
         step = int(saved["step"])
-        problems = position_problems(self.position(step), saved)
+        problems = problems_of(self.position(step), saved)
         if problems:
             end = ", or start a new run with TrainConfig.init_from"
             raise ConfigError([problem + end for problem in problems])

@@ -1,9 +1,9 @@
 """What was really read: hashes of rows that any number of hosts can add up.
 
 Each row of a global batch has a hash of everything that it feeds and of where it stands (step and
-row). The sum of the hashes, modulo 2**64, does not depend on who read which row, nor when, so hosts
-add up their own rows and the sums of hosts are added. It finds rows that were lost, doubled, swapped
-or of other content; it is no protection against someone who seeks a collision on purpose.
+row). The sum of the hashes, modulo 2**64, does not depend on who read which row, nor when: hosts
+add up their own rows, and the sums of hosts are added. It finds rows that were lost, doubled,
+swapped or of other content; it is no protection against one who seeks a collision on purpose.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lemur_jax.data.pipeline import Batch
+from lemur_jax.data.batch import Batch
 
 _MODULUS = 2**64
 
