@@ -296,18 +296,53 @@ class DataConfig:
       batch_size: rows of a global batch, over all hosts and micro-batches.
       sequence_length: T; must equal the row length that the data set was built with.
       seed: of the global order.
+      weight_changes: ((step, source, rate), ...): once `step` steps are done, `source` has `rate`
+        in place of the one it was built with (or changed to before), and the others keep theirs;
+        0 leaves it out. Steps before stay as they were; docs/data_order.md.
     """
 
     path: str
     batch_size: int
     sequence_length: int
     seed: int = 0
+    weight_changes: tuple[tuple[int, str, float], ...] = ()
 
     def __post_init__(self):
+        # gin binds lists where tuples are meant.
+        changes = tuple(tuple(c) if isinstance(c, list) else c for c in self.weight_changes)
+        object.__setattr__(self, "weight_changes", changes)
         problems = _positive(self, "batch_size", "sequence_length")
         if not self.path:
             problems.append("DataConfig.path is empty: give the directory of `lemur data build`")
-        _raise_if(problems)
+        _raise_if(problems + _weight_change_problems(self.weight_changes))
+
+
+def _weight_change_problems(changes: tuple) -> list[str]:
+    name, problems, before = "DataConfig.weight_changes", [], (0, "")
+    for index, change in enumerate(changes):
+        if not (
+            isinstance(change, tuple)
+            and [type(part) for part in change] in ([int, str, float], [int, str, int])
+            and change[0] >= 0
+            and 0 <= change[2] < math.inf
+        ):
+            problems.append(
+                f"{name}[{index}]={change!r} must be (step >= 0, source, rate >= 0), e.g. "
+                "(2000, 'text', 2.0)"
+            )
+            continue
+        if change[0] < before[0]:
+            problems.append(
+                f"{name}[{index}]={change!r} goes back from step {before[0]}: write the changes "
+                "in the order of their steps"
+            )
+        if change[:2] in [c[:2] for c in changes[:index]]:
+            problems.append(
+                f"{name}[{index}]={change!r} sets the rate of {change[1]!r} twice at step "
+                f"{change[0]}: keep one of them"
+            )
+        before = change
+    return problems
 
 
 OPTIMIZERS = ("adamw", "adafactor")
