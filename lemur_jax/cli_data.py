@@ -30,6 +30,8 @@ def add(
     tokenizer.add_argument("--vocab_size", type=int, default=8192)
     build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
     gin(build)
+    chat = command("chat", _data_chat, "render and pack conversations, with a loss mask", steps)
+    gin(chat)
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
     inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect.add_argument("--source", help="default: each of them")
@@ -77,6 +79,16 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
         tasks.register_mixture(config.mixture, config.sources, config.tokenizer, config.seed)
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     build.build(config)
+    return 0
+
+
+def _data_chat(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import settings
+    from lemur_jax.data.chat import build, clean, config
+
+    classes = [config.ChatBuildConfig, config.ChatSourceConfig, *clean.STEPS]
+    loaded, _ = settings.load(config.ChatBuildConfig, options.gin_file, bindings, classes)
+    build.build(loaded)
     return 0
 
 

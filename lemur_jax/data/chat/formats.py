@@ -137,17 +137,23 @@ def parts_of(
     messages = list(conversation.messages)
     if chat_format.default_system is not None and messages[0].role != "system":
         messages.insert(0, Message("system", chat_format.default_system))
-    if not chat_format.system_allowed and messages[0].role == "system":
-        raise ConfigError(
-            [
-                f"{conversation.path}: chat_format={chat_format.name!r} has no system message, the "
-                "conversation has one: remove it, or use chat_format='chatml'"
-            ]
-        )
+    if (reason := unspellable(conversation, chat_format)) is not None:
+        raise ConfigError([f"{conversation.path}: {reason}"])
     if chat_format.strip:
         messages = [Message(role, content.strip()) for role, content in messages]
     spell = {"chatml": _chatml, "tulu": _tulu, "llama2": _llama2}[chat_format.family]
     return spell(messages, chat_format, answer)
+
+
+def unspellable(conversation: Conversation, chat_format: ChatFormat) -> str | None:
+    """Why the format has no spelling for this conversation, or None."""
+    has_system = conversation.messages[0].role == "system"
+    if has_system and not chat_format.system_allowed and not conversation.completion:
+        return (
+            f"chat_format={chat_format.name!r} has no system message: remove it, or use "
+            "chat_format='chatml'"
+        )
+    return None
 
 
 def _chatml(messages: Sequence[Message], how: ChatFormat, answer: str | None) -> list[Part]:
@@ -335,3 +341,23 @@ def check_specials(tokenizer: Tokenizer, chat_format: ChatFormat) -> None:
             )
     if problems:
         raise ConfigError(problems)
+
+
+def end_of_conversation(tokenizer: Tokenizer, chat_format: ChatFormat, packing: str) -> int | None:
+    """Id of the token that lemur_compat packing puts after a conversation; None for segmented.
+
+    Raises ConfigError when the tokenizer does not have it.
+    """
+    if packing == "segmented":
+        return None
+    token = chat_format.end_of_conversation
+    index = _special_id(tokenizer, token)
+    if index is None:
+        raise ConfigError(
+            [
+                f"tokenizer {str(tokenizer.directory)!r} has no {token!r}, which "
+                f"packing='lemur_compat' puts after each conversation of {chat_format.name!r}: add "
+                f"it with `lemur convert MODEL OUT --add_tokens='{token}'`"
+            ]
+        )
+    return index
