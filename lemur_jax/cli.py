@@ -250,9 +250,10 @@ def _dry_run(run, text: str) -> None:
 
     from lemur_jax import sharding
     from lemur_jax.train import programs
+    from lemur_jax.train.epochs import with_steps
     from lemur_jax.train.estimate import estimate
 
-    console = Console()
+    console, run = Console(), with_steps(run)
     console.print(text, markup=False, highlight=False)
     free = -1 in dataclasses.astuple(run.mesh)
     mesh = sharding.resolve_mesh(run.mesh, jax.device_count()) if free else run.mesh
@@ -303,6 +304,9 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
     run, _ = settings.load(
         config.TrainConfig, options.gin_file, bindings, config_classes(), command.UNUSED
     )
+    if run.epochs is not None:  # of a data set that need not be there; days scale with the steps
+        print(f"lemur: note: epochs={run.epochs} planned as 1000 steps", file=sys.stderr)
+        run = dataclasses.replace(run, steps=1000, epochs=None)
     paths = {name: getattr(options, name) for name in ("json", "save", "cache", "output")}
     looking = ("search", "search_minutes", "jobs", "host_gib_per_s")
     asked = command.Options(

@@ -477,7 +477,9 @@ class TrainConfig:
 
     Attributes:
       run_dir: everything the run writes: config.gin, checkpoints/, events, metrics.jsonl, plots.
-      steps: optimizer steps in all.
+      steps: optimizer steps in all; 0 when `epochs` says it.
+      epochs: instead of steps: each training row is read exactly so often. Steps are then epochs x
+        rows / batch_size (train/epochs.py), of a data set with one source.
       micro_batches: M; each step sums the gradients of M equal parts of the global batch.
       explicit_gradients: writes the gathers of weights and the reduce-scatters of their gradients
         out instead of leaving them to the compiler. The same numbers; on a pod of TPUs half the
@@ -491,10 +493,11 @@ class TrainConfig:
     """
 
     run_dir: str
-    steps: int
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    steps: int = 0
+    epochs: int | None = None
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -507,7 +510,7 @@ class TrainConfig:
     compiler_options: tuple[str, ...] = ()
 
     def __post_init__(self):
-        problems = _positive(self, "steps", "micro_batches", "steps_per_log")
+        problems = _positive(self, "micro_batches", "steps_per_log") + self._length()
         names = [option.partition("=")[0] for option in self.compiler_options]
         for option, name in zip(self.compiler_options, names):
             if not name or "=" not in option:
@@ -535,18 +538,37 @@ class TrainConfig:
                 f"TrainConfig.explicit_gradients needs MeshConfig.tensor=1, not "
                 f"{self.mesh.tensor}: turn one of them off"
             )
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
+        known = self.epochs is None  # else checked again when the data set has said how many
+        if known and self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"OptimizerConfig.warmup_steps={self.optimizer.warmup_steps} must be smaller than "
                 f"TrainConfig.steps={self.steps}"
             )
         decay = self.optimizer.decay_steps or 0
-        if self.optimizer.warmup_steps + decay > self.steps and decay:
+        if known and self.optimizer.warmup_steps + decay > self.steps and decay:
             problems.append(
                 f"OptimizerConfig.warmup_steps + decay_steps = "
                 f"{self.optimizer.warmup_steps + decay} exceeds TrainConfig.steps={self.steps}"
             )
         _raise_if(problems)
+
+    def _length(self) -> list[str]:
+        if self.epochs is None:
+            return (
+                _positive(self, "steps")
+                if self.steps
+                else [
+                    "TrainConfig.steps is required: set it in a gin file or with "
+                    "--gin.TrainConfig.steps=VALUE, or set TrainConfig.epochs"
+                ]
+            )
+        problems = _positive(self, "epochs")
+        if self.steps:
+            problems.append(
+                f"TrainConfig.steps={self.steps} and epochs={self.epochs} both say when the run "
+                "ends: remove one (steps=0)"
+            )
+        return problems
 
 
 def model_config(stored: dict[str, Any]) -> ModelConfig:

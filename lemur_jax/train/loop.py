@@ -21,6 +21,7 @@ from lemur_jax.errors import LemurError
 from lemur_jax.train import ahead, programs, saved
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train.data_record import NO_STEP_YET, DataRecord
+from lemur_jax.train.epochs import with_steps
 from lemur_jax.train.optimizer import optimizer
 from lemur_jax.train.progress import StepProgress, StopRequest
 from lemur_jax.train.step import Metrics
@@ -67,6 +68,9 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     console = Console(quiet=not primary)
     report = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     run_dir = Path(config.run_dir)
+    if config.epochs is not None:
+        asked, config = config.epochs, with_steps(config)
+        report(f"epochs: {asked}, which is {config.steps} steps of {config.data.batch_size} rows")
 
     # ----- mesh ------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
