@@ -32,6 +32,8 @@ def add(
     gin(build)
     chat = command("chat", _data_chat, "render and pack conversations, with a loss mask", steps)
     gin(chat)
+    verify = command("verify", _data_verify, "read a data set again and compare digests", steps)
+    verify.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
     inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect.add_argument("--source", help="default: each of them")
@@ -90,6 +92,18 @@ def _data_chat(options: argparse.Namespace, bindings: list[str]) -> int:
     loaded, _ = settings.load(config.ChatBuildConfig, options.gin_file, bindings, classes)
     build.build(loaded)
     return 0
+
+
+def _data_verify(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.data import manifest
+
+    found = list(manifest.verify(options.path))
+    damaged = [(name, wrong) for name, wrong in found if wrong]
+    for name, wrong in damaged:
+        print(f"DAMAGED {name}: {wrong}")
+    fix = "; remove the damaged parts and run `lemur data build` again" if damaged else ""
+    print(f"{len(found) - len(damaged)} of {len(found)} parts are as the manifest says{fix}")
+    return 1 if damaged else 0
 
 
 def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:

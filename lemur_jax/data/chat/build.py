@@ -10,7 +10,6 @@ rows are made window by window.
 
 import collections
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -20,13 +19,14 @@ from typing import Any
 from rich.console import Console
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import build as rows_build
+from lemur_jax.data import manifest as manifests
 from lemur_jax.data.chat import clean, formats, readers, report
 from lemur_jax.data.chat.config import ChatBuildConfig, ChatSourceConfig
 from lemur_jax.data.chat.conversation import Conversation
 from lemur_jax.data.chat.split_writer import Refused, SplitWriter
 from lemur_jax.data.chat.template import write_format
 from lemur_jax.data.files import fraction_of, new_directory
+from lemur_jax.data.rows_writer import FORMAT_VERSION
 from lemur_jax.data.sources import SPLITS
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -96,10 +96,10 @@ def _identity(config: ChatBuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         fields = dataclasses.asdict(source)
         for field in ("files", "validation_files"):
             names = readers.expand(fields[field], f"ChatSourceConfig({source.name!r}).{field}")
-            fields[field] = {os.path.basename(name): _file_sha256(name) for name in names}
+            fields[field] = {os.path.basename(name): manifests.fingerprint(name) for name in names}
         inputs[source.name] = fields
     return {
-        "format_version": rows_build.FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "mixture": SOURCE,
         "sequence_length": config.sequence_length,
         "seed": config.seed,
@@ -110,11 +110,6 @@ def _identity(config: ChatBuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "settings": settings,
         "inputs": inputs,
     }
-
-
-def _file_sha256(name: str) -> str:
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _existing(directory: str, identity: dict[str, Any]) -> dict | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import build as rows_build
+from lemur_jax.data import manifest
 from lemur_jax.data.chat import formats, pack
 from lemur_jax.data.chat.config import ChatBuildConfig
 from lemur_jax.data.chat.conversation import Conversation
@@ -89,14 +89,16 @@ class SplitWriter:
         rows = self._counts["rows"]
         empty = -rows % self._config.rows_multiple if split == "train" else 0
         self._append_empty(empty)
-        about = self._writer.close({"tokens": self._counts["tokens"]})
+        about = self._writer.close(
+            {"tokens": self._counts["tokens"], "tokenizer": self._tokenizer.fingerprint}
+        )
+        if not rows:
+            return {"documents": 0}
         counts: dict[str, Any] = dict(self._counts) | {"empty_rows": empty}
-        counts["fill"] = about["filled"] / max(1, rows * self._columns)
-        kept = ("rows", "documents", "digest", "tokens", "filled")
-        made: dict[str, Any] = {name: about[name] for name in kept}
-        made["parts"] = [about | {"name": part_name(0)}]
+        counts["fill"] = about["filled"] / (rows * self._columns)  # of rows that hold something
+        made = manifest.split_of([about | {"name": part_name(0)}])
         if split == "validation":
-            made["unigram_entropy"] = rows_build._entropy(self._targets)
+            made["unigram_entropy"] = _entropy(self._targets)
         return made | {"chat": counts}
 
     def _rendered(
@@ -161,3 +163,9 @@ class SplitWriter:
             blank = np.zeros((1, self._columns), np.uint16)
             none = np.array([[number, number - 1]])  # an empty range
             self._writer.append_rows(blank, blank, none, blank)
+
+
+def _entropy(counts: np.ndarray) -> float:
+    """Nats of the distribution proportional to `counts`, those of the learnt targets."""
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
