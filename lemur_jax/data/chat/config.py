@@ -40,7 +40,7 @@ class ChatSourceConfig:
 
     def __post_init__(self):
         who, problems = f"ChatSourceConfig({self.name!r})", []
-        for field in ("files", "validation_files"):  # gin binds lists and single strings too
+        for field in ("files", "validation_files"):  # lists and single strings too
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
         if not _NAME.match(self.name):

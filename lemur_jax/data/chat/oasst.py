@@ -31,11 +31,12 @@ def conversations(
     """Conversations of one file, in the order of its trees.
 
     Messages are held until the file has ended: a reply may come before what it answers.
-    Deleted messages and their subtrees are refused by name.
+    Deleted messages and trees without an answer are refused by name. Of a tree that has one, what
+    the rule of `paths` passes by (other replies, questions without an answer) is not counted.
     """
     for root in _trees(records, refuse):
         ends = [_best(root)] if paths == "best" else list(_ends(root, []))
-        for number, path in enumerate(ends):
+        for number, path in enumerate(ends or [[]]):
             place = root["place"] + (f"#{number}" if number else "")
             messages = tuple(
                 Message(_ROLES.get(node["role"], node["role"]), node["text"]) for node in path
