@@ -493,10 +493,10 @@ class TrainConfig:
     """
 
     run_dir: str
+    steps: int
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    steps: int = 0
     epochs: int | None = None
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
@@ -554,19 +554,12 @@ class TrainConfig:
 
     def _length(self) -> list[str]:
         if self.epochs is None:
-            return (
-                _positive(self, "steps")
-                if self.steps
-                else [
-                    "TrainConfig.steps is required: set it in a gin file or with "
-                    "--gin.TrainConfig.steps=VALUE, or set TrainConfig.epochs"
-                ]
-            )
+            return _positive(self, "steps")
         problems = _positive(self, "epochs")
         if self.steps:
             problems.append(
                 f"TrainConfig.steps={self.steps} and epochs={self.epochs} both say when the run "
-                "ends: remove one (steps=0)"
+                "ends: set steps=0, or epochs=None"
             )
         return problems
 

@@ -12,11 +12,13 @@ from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.sample.chat import as_chat
 from lemur_jax.sample.request import Request
 
+TEXT = "the user is kind and the assistant answers in a few words, then it stops"
+
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     directory = tmp_path_factory.mktemp("chat") / "tokenizer"
-    tokenizer_files.train([json.__doc__ * 20], directory, vocab_size=300)
+    tokenizer_files.train([TEXT * 20], directory, vocab_size=300)
     ids = {token: 300 + n for n, token in enumerate(CHATML)}
     (directory / "added_tokens.json").write_text(json.dumps(ids))
     return Tokenizer.load(directory)
@@ -61,6 +63,6 @@ def test_the_format_is_the_one_of_the_tuning(tokenizer, tmp_path):
 
 def test_a_model_that_cannot_chat_is_refused(tmp_path):
     """Red if `format_of` falls back to a format whose tokens are absent."""
-    plain = tokenizer_files.train([json.__doc__ * 20], tmp_path / "t", vocab_size=300)
+    plain = tokenizer_files.train([TEXT * 20], tmp_path / "t", vocab_size=300)
     with pytest.raises(ConfigError, match="has not been taught to chat"):
         as_chat(plain)

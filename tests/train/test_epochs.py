@@ -5,17 +5,25 @@ import json
 
 import pytest
 
-from lemur_jax.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from lemur_jax.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeConfig,
+    TrainConfig,
+)
 from lemur_jax.train.epochs import with_steps
 
 
 def config(path, **fields):
     model = ModelConfig(
         vocab_size=64, embed=8, mlp=8, layers=1, heads=1, kv_heads=1, head_dim=8,
-        max_positions=64, norm_eps=1e-5,
+        max_positions=64, norm_eps=1e-5, rope=RopeConfig(theta=1e4),
     )  # fmt: skip
     return TrainConfig(
         run_dir="x",
+        steps=fields.pop("steps", 0),
         model=model,
         data=DataConfig(path=str(path), batch_size=8, sequence_length=16),
         optimizer=fields.pop("optimizer", OptimizerConfig(peak_learning_rate=1e-3)),
@@ -53,7 +61,7 @@ def test_several_sources_are_refused(tmp_path):
 
 def test_steps_or_epochs(tmp_path):
     """Red if both or neither pass, or a warm-up longer than the epochs does."""
-    with pytest.raises(ConfigError, match="TrainConfig.steps is required"):
+    with pytest.raises(ConfigError, match="TrainConfig.steps=0 must be"):
         config(tmp_path)
     with pytest.raises(ConfigError, match="both say when the run ends"):
         config(tmp_path, steps=3, epochs=1)
