@@ -32,6 +32,8 @@ def add(
     tokenizer.add_argument("--vocab_size", type=int, default=8192)
     build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
     gin(build)
+    verify = command("verify", _data_verify, "read a data set again and compare digests", steps)
+    verify.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
     inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect.add_argument("--source", help="default: each of them")
@@ -99,6 +101,18 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     build.build(config)
     return 0
+
+
+def _data_verify(options: argparse.Namespace, _: list[str]) -> int:
+    from lemur_jax.data import manifest
+
+    found = list(manifest.verify(options.path))
+    damaged = [(name, wrong) for name, wrong in found if wrong]
+    for name, wrong in damaged:
+        print(f"DAMAGED {name}: {wrong}")
+    fix = "; remove the damaged parts and run `lemur data build` again" if damaged else ""
+    print(f"{len(found) - len(damaged)} of {len(found)} parts are as the manifest says{fix}")
+    return 1 if damaged else 0
 
 
 def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:

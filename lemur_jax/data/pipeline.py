@@ -127,7 +127,7 @@ class Pipeline:
                     steps[number] = min(exclusion.step, steps.get(number, exclusion.step))
 
     def _open(self, root: Path, source: str, split: str, counts: Mapping) -> RowStore:
-        store = RowStore(root / source / split)
+        store = RowStore(root / source / split, counts.get("parts"))  # none in format 1
         expected = counts["rows"], self.config.sequence_length + 1
         if (store.rows, store.columns) != expected:
             raise ConfigError(

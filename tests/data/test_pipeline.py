@@ -178,10 +178,10 @@ def test_not_a_data_set(copy, tmp_path):
 
 
 def test_damaged_store(copy):
-    """Red if the store's shape is not compared with the manifest."""
+    """Red if the sizes of a part's files are not compared with the manifest."""
     shutil.rmtree(copy / "text" / "train")
     shutil.copytree(copy / "text" / "validation", copy / "text" / "train")
-    with pytest.raises(ConfigError, match=r"row store text/train has shape.*build it again"):
+    with pytest.raises(ConfigError, match=r"text/train/part-00000' is damaged.*build"):
         open_with(str(copy))
 
 
