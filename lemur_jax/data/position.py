@@ -18,7 +18,7 @@ _FIXES = {
     "data_ledger.jsonl",
     "rows_used": "the rows read so far differ: set DataConfig.weight_changes back",
 }
-# What may change later, at a later step. The first checkpoints had no such fields, and no rows_used.
+# What may change at a later step. The first checkpoints had none of these fields.
 EVENT_FIELDS = ("weight_changes", "exclusions", "rows_used")
 
 
