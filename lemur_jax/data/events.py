@@ -58,6 +58,17 @@ def weights_text(changes: Sequence[tuple[int, str, float]]) -> str:
     )
 
 
+def parse_weights(text: str) -> tuple[tuple[int, str, float], ...]:
+    """The weight changes of which `text` is the `weights_text`."""
+    changes = []
+    for part in filter(None, text.split(";")):
+        step, rates = part.split(":", 1)
+        for rate in rates.split(","):
+            source, value = rate.rsplit("=", 1)
+            changes.append((int(step), source, float(value)))
+    return tuple(changes)
+
+
 def exclusions_text(exclusions: Sequence[Exclusion]) -> str:
     """'8:3 documents 0a1b...;20:...': what a checkpoint holds; the lists are in the ledger."""
     texts = []

@@ -49,11 +49,19 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """Entries in their order, and what is wrong with the lines themselves."""
+    """What a ledger holds.
+
+    Attributes:
+      path: the file.
+      entries: in their order.
+      problems: lines that were changed, removed or inserted.
+      torn: lines that a kill cut off while they were written; harmless, nothing follows from them.
+    """
 
     path: Path
     entries: tuple[Entry, ...]
     problems: tuple[str, ...]
+    torn: tuple[str, ...]
 
     @property
     def starts(self) -> list[Entry]:
@@ -62,7 +70,7 @@ class Ledger:
 
 def read(path: Path) -> Ledger:
     """The ledger in file `path`; an absent file is an empty ledger."""
-    entries, problems, chain = [], [], ""
+    entries, problems, torn, chain = [], [], [], ""
     lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -71,8 +79,8 @@ def read(path: Path) -> Ledger:
             facts = json.loads(line)
             stated, event = facts.pop("chain"), facts.pop("event")
         except (ValueError, KeyError, AttributeError, TypeError):
-            # Harmless when a kill tore it: the next whole line then follows the one before.
-            problems.append(f"line {number} is torn: {line[:40]!r}")
+            # If it was more than torn, the next whole line does not follow the one before.
+            torn.append(f"line {number} is not whole: {line[:40]!r}")
             continue
         if stated != _chained(chain, event, facts):
             problems.append(
@@ -81,7 +89,7 @@ def read(path: Path) -> Ledger:
             )
         chain = stated
         entries.append(Entry(number, event, facts))
-    return Ledger(path, tuple(entries), tuple(problems))
+    return Ledger(path, tuple(entries), tuple(problems), tuple(torn))
 
 
 def read_run(run_dir: str | Path) -> Ledger:
@@ -105,7 +113,7 @@ def read_run(run_dir: str | Path) -> Ledger:
     )
 
 
-def append(path: Path, event: str, **facts: Any) -> None:
+def append(path: Path, event: str, /, **facts: Any) -> None:
     """Adds one line and waits until it is on the disk."""
     facts |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     facts = json.loads(json.dumps(facts))

@@ -18,21 +18,25 @@ _FIXES = {
     "data_ledger.jsonl",
     "rows_used": "the rows read so far differ: set DataConfig.weight_changes back",
 }
-# Events came later than the first checkpoints, which had none.
-_WITHOUT_EVENTS = {"weight_changes": "", "exclusions": ""}
+# What may change at a later step. The first checkpoints had none of these fields.
+EVENT_FIELDS = ("weight_changes", "exclusions", "rows_used")
 
 
-def problems_of(now: Mapping, saved: Mapping) -> list[str]:
-    """What differs between two positions of the same step, as far as it lies behind it."""
+def problems_of(now: Mapping, saved: Mapping, where: str = "the checkpoint") -> list[str]:
+    """What differs between two positions of the same step, as far as it lies behind it.
+
+    Args:
+      now: of the pipeline.
+      saved: what `where` holds.
+      where: for the messages.
+    """
     step, problems = int(saved["step"]), []
     for field, fix in _FIXES.items():
-        ours, theirs = now[field], saved.get(field, _WITHOUT_EVENTS.get(field))
-        if field in _WITHOUT_EVENTS:
-            ours, theirs = events.before(ours, step), events.before(str(theirs), step)
+        ours, theirs = now[field], saved.get(field)
+        if field in ("weight_changes", "exclusions"):
+            ours, theirs = events.before(ours, step), events.before(theirs or "", step)
         if field == "rows_used" and (theirs is None or problems):
-            continue  # an older checkpoint has none; and what differs above is the reason
+            continue  # what differs above is the reason
         if ours != theirs:
-            problems.append(
-                f"data position: {field}={ours!r} but the checkpoint has {theirs!r}: {fix}"
-            )
+            problems.append(f"data position: {field}={ours!r} but {where} has {theirs!r}: {fix}")
     return problems
