@@ -40,7 +40,8 @@ def test_language_of_the_record():
 
 @pytest.mark.parametrize(
     "text, run",
-    [("naïve café", 1), ("你好吗", 3), ("你 好 吗", 1), ("你—好—吗", 1), ("—…“”", 0), ("😀😀😀", 0), ("हिन्दी", 6),
+    [("naïve café", 1), ("你好吗", 3), ("你 好 吗", 1), ("你—好—吗", 1),
+     ("—…“”", 0), ("😀😀😀", 0), ("हिन्दी", 6),
      ("äöü", 3), ("", 0), ("abc", 0), ("été à", 1), ("x→→→y", 0)],
 )  # fmt: skip
 def test_runs_of_foreign_characters(text, run):
