@@ -296,18 +296,53 @@ class DataConfig:
       batch_size: rows of a global batch, over all hosts and micro-batches.
       sequence_length: T; must equal the row length that the data set was built with.
       seed: of the global order.
+      weight_changes: ((step, source, rate), ...): once `step` steps are done, `source` has `rate`
+        in place of the one it was built with (or changed to before), and the others keep theirs;
+        0 leaves it out. Steps before stay as they were; docs/data_order.md.
     """
 
     path: str
     batch_size: int
     sequence_length: int
     seed: int = 0
+    weight_changes: tuple[tuple[int, str, float], ...] = ()
 
     def __post_init__(self):
+        # gin binds lists where tuples are meant.
+        changes = tuple(tuple(c) if isinstance(c, list) else c for c in self.weight_changes)
+        object.__setattr__(self, "weight_changes", changes)
         problems = _positive(self, "batch_size", "sequence_length")
         if not self.path:
             problems.append("DataConfig.path is empty: give the directory of `lemur data build`")
-        _raise_if(problems)
+        _raise_if(problems + _weight_change_problems(self.weight_changes))
+
+
+def _weight_change_problems(changes: tuple) -> list[str]:
+    name, problems, before = "DataConfig.weight_changes", [], (0, "")
+    for index, change in enumerate(changes):
+        if not (
+            isinstance(change, tuple)
+            and [type(part) for part in change] in ([int, str, float], [int, str, int])
+            and change[0] >= 0
+            and 0 <= change[2] < math.inf
+        ):
+            problems.append(
+                f"{name}[{index}]={change!r} must be (step >= 0, source, rate >= 0), e.g. "
+                "(2000, 'text', 2.0)"
+            )
+            continue
+        if change[0] < before[0]:
+            problems.append(
+                f"{name}[{index}]={change!r} goes back from step {before[0]}: write the changes "
+                "in the order of their steps"
+            )
+        if change[:2] in [c[:2] for c in changes[:index]]:
+            problems.append(
+                f"{name}[{index}]={change!r} sets the rate of {change[1]!r} twice at step "
+                f"{change[0]}: keep one of them"
+            )
+        before = change
+    return problems
 
 
 OPTIMIZERS = ("adamw", "adafactor")
@@ -442,7 +477,9 @@ class TrainConfig:
 
     Attributes:
       run_dir: everything the run writes: config.gin, checkpoints/, events, metrics.jsonl, plots.
-      steps: optimizer steps in all.
+      steps: optimizer steps in all; 0 when `epochs` says it.
+      epochs: instead of steps: each training row is read exactly so often. Steps are then epochs x
+        rows / batch_size (train/epochs.py), of a data set with one source.
       micro_batches: M; each step sums the gradients of M equal parts of the global batch.
       explicit_gradients: writes the gathers of weights and the reduce-scatters of their gradients
         out instead of leaving them to the compiler. The same numbers; on a pod of TPUs half the
@@ -460,6 +497,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    epochs: int | None = None
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -472,7 +510,7 @@ class TrainConfig:
     compiler_options: tuple[str, ...] = ()
 
     def __post_init__(self):
-        problems = _positive(self, "steps", "micro_batches", "steps_per_log")
+        problems = _positive(self, "micro_batches", "steps_per_log") + self._length()
         names = [option.partition("=")[0] for option in self.compiler_options]
         for option, name in zip(self.compiler_options, names):
             if not name or "=" not in option:
@@ -500,18 +538,30 @@ class TrainConfig:
                 f"TrainConfig.explicit_gradients needs MeshConfig.tensor=1, not "
                 f"{self.mesh.tensor}: turn one of them off"
             )
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
+        known = self.epochs is None  # else checked again when the data set has said how many
+        if known and self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"OptimizerConfig.warmup_steps={self.optimizer.warmup_steps} must be smaller than "
                 f"TrainConfig.steps={self.steps}"
             )
         decay = self.optimizer.decay_steps or 0
-        if self.optimizer.warmup_steps + decay > self.steps and decay:
+        if known and self.optimizer.warmup_steps + decay > self.steps and decay:
             problems.append(
                 f"OptimizerConfig.warmup_steps + decay_steps = "
                 f"{self.optimizer.warmup_steps + decay} exceeds TrainConfig.steps={self.steps}"
             )
         _raise_if(problems)
+
+    def _length(self) -> list[str]:
+        if self.epochs is None:
+            return _positive(self, "steps")
+        problems = _positive(self, "epochs")
+        if self.steps:
+            problems.append(
+                f"TrainConfig.steps={self.steps} and epochs={self.epochs} both say when the run "
+                "ends: set steps=0, or epochs=None"
+            )
+        return problems
 
 
 def model_config(stored: dict[str, Any]) -> ModelConfig:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lemur_jax.config import ConfigError
@@ -23,11 +23,19 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One document: what the model reads, where it came from and which split it asks for."""
+    """One document: what the model reads, where it came from and which split it asks for.
+
+    Attributes:
+      text: what the model reads.
+      path: where it came from: the record's "path", else "file:record".
+      split: "train", "validation", or None when its source decides.
+      meta: the record's other fields, which filters look at: licence, language, url...
+    """
 
     text: str
     path: str
     split: str | None = None
+    meta: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def expand(patterns: Sequence[str], field: str) -> list[str]:

@@ -1,6 +1,7 @@
 """Sources of documents: what is read, how it is held out, and its share of the tokens."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,25 +95,65 @@ def corpus_sources(corpus: str | Path) -> tuple[SourceConfig, ...]:
     )
 
 
-def documents(source: SourceConfig, seed: int = 0) -> Iterator[Document]:
-    """Every document of a source, with `split` set. Raises ConfigError as `read_documents` does."""
-    who = f"SourceConfig({source.name!r})"
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A unit of a source's input, which can be read alone: a file, or a range of its row groups.
+
+    Attributes:
+      name: unique in its source and the same on every machine, e.g. "train/part-003.jsonl".
+      bytes: size of the input as it is stored; 0 where nobody knows.
+      path: what to read.
+      split: "train" or "validation": which of the source's fields named it.
+      units: first and last + 1 of the row groups or records; None for all of them.
+    """
+
+    name: str
+    bytes: int
+    path: str
+    split: str
+    units: tuple[int, int] | None = None
+
+
+def shards(source: SourceConfig) -> tuple[Shard, ...]:
+    """Units of input of a source in reading order: the same for the same files, on any machine.
+
+    Raises ConfigError when a pattern names nothing.
+    """
+    if source.task:
+        return tuple(Shard(split, 0, source.task, split) for split in SPLITS)
+    found = []
+    for split, files in (("train", source.train_files), ("validation", source.validation_files)):
+        names = expand(files, f"SourceConfig({source.name!r}).{split}_files") if files else []
+        root = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
+        for name in names:
+            short = os.path.relpath(name, root or ".")
+            found.append(Shard(f"{split}/{short}", os.path.getsize(name), name, split))
+    return tuple(found)
+
+
+def read_shard(source: SourceConfig, shard: Shard, seed: int = 0) -> Iterator[Document]:
+    """Documents of one shard in order, with `split` set; raises as `read_documents` does.
+
+    All shards one after the other are the source: `documents`.
+    """
     if source.task:
         from lemur_jax.data import tasks  # TensorFlow: only for sources that ask for it
 
-        yield from tasks.documents(source.task)
+        yield from (d for d in tasks.documents(source.task) if d.split == shard.split)
         return
-    for split, files in (("train", source.train_files), ("validation", source.validation_files)):
-        if not files:
-            continue
-        field = f"{who}.{split}_files"
-        names = expand(files, field)
-        for document in read_documents(names, field, source.text_key, source.split_key):
-            held_out = split
-            if source.validation_fraction is not None:
-                share = fraction_of(f"{seed} {sha256(document.text)}")
-                held_out = "validation" if share < source.validation_fraction else "train"
-            yield dataclasses.replace(document, split=document.split or held_out)
+    field = f"SourceConfig({source.name!r}).{shard.split}_files"
+    for document in read_documents([shard.path], field, source.text_key, source.split_key):
+        held_out = shard.split
+        if source.validation_fraction is not None:
+            share = fraction_of(f"{seed} {sha256(document.text)}")
+            held_out = "validation" if share < source.validation_fraction else "train"
+        yield dataclasses.replace(document, split=document.split or held_out)
+
+
+def documents(source: SourceConfig, seed: int = 0) -> Iterator[Document]:
+    """Every document of a source, shard by shard, with `split` set. Raises as `read_shard` does."""
+    for shard in shards(source):
+        yield from read_shard(source, shard, seed)
 
 
 def training_texts(sources: tuple[SourceConfig, ...], seed: int = 0) -> Iterator[str]:

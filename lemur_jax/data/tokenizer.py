@@ -13,7 +13,6 @@ import codecs
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -154,13 +153,22 @@ class Tokenizer:
             table[index] = b""
         return table
 
+    @property
+    def adds_first_space(self) -> bool:
+        """Whether a space is written in front of every text (SentencePiece's dummy prefix)."""
+        return self._engine.drops_first_space
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the tokenizer's files: another directory with them is the same one."""
+        paths = [self.directory / name for name in FILES]
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
     def save(self, directory: str | Path) -> None:
         """Copies the tokenizer's files; the copy has the same fingerprint."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, directory / name)
+        for name, data in self.files().items():
+            (directory / name).write_bytes(data)
 
 
 class TextStream:
