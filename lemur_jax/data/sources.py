@@ -1,7 +1,6 @@
 """Sources of documents: what is read, how it is held out, and its share of the tokens."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -178,7 +177,7 @@ def shards(source: SourceConfig) -> tuple[Shard, ...]:
 
 def _labels(names: Sequence[str]) -> list[str]:
     """Names below their common directory: unique, and the same wherever the files are."""
-    directories = [os.path.dirname(name).split("/") for name in names]
+    directories = [name.split("/")[:-1] for name in names]
     common = 0
     while names and len({tuple(parts[: common + 1]) for parts in directories}) == 1:
         if common == len(directories[0]):

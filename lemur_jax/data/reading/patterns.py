@@ -60,7 +60,7 @@ def expand(
         if root and not pattern.startswith("/") and not storage.is_remote(pattern):
             pattern = f"{root.rstrip('/')}/{pattern}"
         names = _files(pattern, field, format, problems)
-        if (glob.has_magic(pattern) and not _PART_MEANT.search(pattern)) or names != [pattern]:
+        if not _PART_MEANT.search(pattern) and names != [pattern]:
             problems += _missing_shards(names, field, pattern)
         found.update(names)
     for name in sorted(found):
