@@ -50,17 +50,19 @@ def read_parquet(
     number = 0
     try:
         with storage.open_binary(path, field) as source:
-            file = pyarrow.parquet.ParquetFile(source, pre_buffer=False)
+            file = pyarrow.parquet.ParquetFile(
+                source, pre_buffer=False, page_checksum_verification=True
+            )
             names = _chosen(file.schema_arrow.names, columns)
             if isinstance(names, Problem):
                 yield names
                 return
             first, last = units or (0, file.num_row_groups)
             number = sum(file.metadata.row_group(g).num_rows for g in range(first))
-            batches = file.iter_batches(_ROWS_PER_BATCH, range(first, last), names)
-            for batch in batches:
-                yield from _rows(batch, number)
-                number += batch.num_rows
+            for group in range(first, last):  # one by one: what precedes a damaged one is read
+                for batch in file.iter_batches(_ROWS_PER_BATCH, [group], names):
+                    yield from _rows(batch, number)
+                    number += batch.num_rows
     except (OSError, pyarrow.ArrowException) as error:
         yield unreadable(error, f"record {number}" if number else "")
 

@@ -1,10 +1,9 @@
 """Text formats, streamed: .jsonl, .jsonl.gz, .jsonl.zst, and plain files as documents."""
 
-import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 from lemur_jax.data.reading import storage
 from lemur_jax.data.reading.rows import Problem, Row, unreadable
@@ -97,8 +96,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _chunks(path: str, field: str) -> Iterator[bytes]:
     with storage.open_binary(path, field) as file:
         if path.endswith(".gz"):
-            with gzip.open(file) as plain:
-                yield from iter(lambda: plain.read(_CHUNK), b"")
+            yield from _frames(file, lambda: zlib.decompressobj(wbits=31))
         elif path.endswith(".zst"):
             yield from _zstd(file)
         else:
@@ -106,19 +104,28 @@ def _chunks(path: str, field: str) -> Iterator[bytes]:
 
 
 def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    """Decompressed chunks of all frames. zstandard's own stream_reader takes a truncated file for
-    a complete one, so the end of the last frame is checked here."""
     import zstandard
 
-    frame = None
     try:
-        for chunk in iter(lambda: file.read(_CHUNK // 4), b""):
-            while chunk:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
+        yield from _frames(file, lambda: zstandard.ZstdDecompressor().decompressobj())
     except zstandard.ZstdError as error:
         raise OSError(f"zstd: {error}") from error
+
+
+def _frames(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompressed chunks of all frames (gzip: members) of a file.
+
+    zstandard's stream_reader takes a truncated file for a complete one, and gzip's read loses what
+    came before the damage; here every byte before it comes, and then an error.
+    """
+    frame = None
+    for chunk in iter(lambda: file.read(_CHUNK // 8), b""):
+        while chunk:
+            if frame is None and not chunk.strip(b"\0"):
+                break  # tape padding, which gzip allows between members
+            frame = frame or new_frame()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
     if frame is not None:
-        raise EOFError("zstd: the file ends inside a frame: it was truncated")
+        raise EOFError("the compressed stream has no end: the file was truncated")
