@@ -40,7 +40,7 @@ class SourceConfig:
       bad_records: "raise" stops at the first record that cannot be a document; "count" goes on,
         and prints how many there were and the first of them.
       max_bad_records: with "count": more than so many stop the reading; None allows any number.
-      max_epochs: repetitions of the source's tokens in a run that need no warning.
+      max_epochs: repetitions of the source in a run that need no warning; see epochs.py.
       task: name of a SeqIO Task with splits "train" and "validation" to read instead of files;
         `module.path:task_name` imports the module first, which registers the Task.
     """
@@ -59,7 +59,7 @@ class SourceConfig:
     lines_per_document: int | None = None
     bad_records: str = "raise"
     max_bad_records: int | None = None
-    max_epochs: float = 1.0
+    max_epochs: float = 4.0
     task: str | None = None
 
     def __post_init__(self):
