@@ -57,16 +57,12 @@ def test_rates_are_the_tables():
 
 
 @pytest.mark.slow
-def test_mixture_of_sixteen_tasks():
+def test_mixture_of_sixteen_tasks(tokenizer):
     """Red if `register_mixture` loses a Task, renames one, or normalises the rates."""
     seqio = pytest.importorskip("seqio")
     from lemur_jax.data import tasks
-    from tests.conftest import SHARED_DATA
 
-    tokenizer = SHARED_DATA / "tokenizer"
-    if not tokenizer.is_dir():
-        pytest.skip("needs the Llama 2 tokenizer of the shared data")
-    tasks.register_mixture("lemur_pretrain", load("/nowhere").sources, tokenizer)
+    tasks.register_mixture("lemur_pretrain", load("/nowhere").sources, tokenizer.directory)
     mixture = seqio.get_mixture_or_task("lemur_pretrain")
     rates = {task.name: mixture.get_rate(task) for task in mixture.tasks}
     assert rates == {f"lemur_pretrain_{name}": rate for name, rate in TABLE.items()}
