@@ -30,6 +30,8 @@ def add(
     tokenizer.add_argument("--vocab_size", type=int, default=8192)
     build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
     gin(build)
+    clean = command("clean", _data_clean, "remove duplicates, secrets, contaminated text...", steps)
+    gin(clean)
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
     inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect.add_argument("--source", help="default: each of them")
@@ -77,6 +79,17 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
         tasks.register_mixture(config.mixture, config.sources, config.tokenizer, config.seed)
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     build.build(config)
+    return 0
+
+
+def _data_clean(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import settings
+    from lemur_jax.data.cleaning import clean
+    from lemur_jax.data.sources import SourceConfig
+
+    classes = [clean.CleanConfig, SourceConfig, *clean.STEPS]
+    config, _ = settings.load(clean.CleanConfig, options.gin_file, bindings, classes)
+    clean.clean(config)
     return 0
 
 
