@@ -168,7 +168,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
                 read_metrics()
                 unread = None
                 with progress.paused():
-                    held_out = evaluate(eval_fn, state.model, pipeline, config, mesh)
+                    held_out = evaluate(eval_fn, state.adapted, pipeline, config, mesh)
                 log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
                 report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
 
