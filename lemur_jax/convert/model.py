@@ -102,7 +102,6 @@ def open_source(
       CheckpointError: a checkpoint of ours is incomplete or damaged.
     """
     from lemur_jax.convert import easylm, hf_source, meta, ours, peft
-    from lemur_jax.convert.errors import ConversionError
     from lemur_jax.convert.recognise import recognise
     from lemur_jax.convert.unreadable import lost_tensors
 
