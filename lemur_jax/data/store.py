@@ -21,7 +21,7 @@ import bisect
 import functools
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ from lemur_jax.data.rows_writer import (
 )
 
 __all__ = ["Piece", "RowStore", "Rows", "RowsWriter", "part_name", "token_dtype"]
+
+_DOCUMENTS_PER_READ = 1 << 16
 
 
 class Rows(NamedTuple):
@@ -213,6 +215,19 @@ class RowStore:
         ends = part.get("path_ends", slice(max(inside - 1, 0), inside + 1))
         start, end = (int(ends[0]) if inside else 0), int(ends[-1])
         return bytes(part.get("path_bytes", slice(start, end))).decode("utf-8")
+
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """(number, path) of every document, in order; read in blocks."""
+        for part, first in zip(self._parts, self._first_documents):
+            start = 0
+            for low in range(0, part.documents, _DOCUMENTS_PER_READ):
+                window = slice(low, min(low + _DOCUMENTS_PER_READ, part.documents))
+                ends = part.get("path_ends", window).tolist()
+                data = bytes(part.get("path_bytes", slice(start, ends[-1])))
+                begins = [start, *ends[:-1]]
+                for number, (begin, end) in enumerate(zip(begins, ends), first + low):
+                    yield number, data[begin - start : end - start].decode("utf-8")
+                start = ends[-1]
 
     def pieces(self, row: int) -> list[Piece]:
         """What row `row` holds, in its order: which tokens of which document are where.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -90,31 +89,6 @@ def test_new_pipeline_gives_the_same_batches(pipeline, data_dir):
     pipeline.batch(0)
     assert same(open_with(data_dir).batch(41), pipeline.batch(41))
     assert not same(open_with(data_dir, seed=1).batch(41), pipeline.batch(41))
-
-
-def test_prefetch(pipeline):
-    """Red if prefetched steps are shifted by `depth`, or the thread outlives the generator."""
-    before = threading.active_count()
-    stream = pipeline.prefetch(5, 2, 6, depth=3)
-    for expected in (5, 6, 7, 8):
-        step, batch = next(stream)
-        assert step == expected and same(batch, pipeline.rows(step, 2, 6))
-    stream.close()
-    assert threading.active_count() == before
-
-
-def test_prefetch_passes_errors_on(pipeline, monkeypatch):
-    """Red if an error of the thread is swallowed: training would wait for ever."""
-    stream = pipeline.prefetch(0)
-    next(stream)
-
-    def fail(*_):
-        raise OSError("disk gone")
-
-    monkeypatch.setattr(pipeline, "rows", fail)
-    with pytest.raises(OSError, match="disk gone"):
-        for _ in range(4):
-            next(stream)
 
 
 def test_evaluation_counts_every_held_out_target_once(pipeline, data_dir):
