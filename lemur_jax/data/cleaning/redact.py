@@ -108,8 +108,11 @@ class RedactAddresses:
                 address = ipaddress.ip_address(match[0])
             except ValueError:
                 return match[0]
-            version_like = address.version == 4 and int(match[0].split(".")[0]) < 10
-            if not address.is_global or version_like:
+            if address.version == 4:
+                other = int(match[0].split(".")[0]) < 10
+            else:  # only 2000::/3 is assigned; [1::2] is a slice, a::b a name in C++
+                other = int(address) >> 125 != 1 or len(re.findall(r"\w+", match[0])) < 3
+            if other or not address.is_global:
                 return match[0]
             counts["IP address"] += 1
             return self.ip
