@@ -328,8 +328,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         peaks[name] = float(done.stdout.split()[-1])
-    # 16 MiB of memory_mb, 10 MB of clusters and flags, and what the allocator keeps.
-    assert peaks["large"] - peaks["small"] < 64, peaks
+    # Measured: 107 and 116, of which 16 MiB are memory_mb.
+    assert peaks["large"] - peaks["small"] < 32, peaks
 
 
 MEMORY = """

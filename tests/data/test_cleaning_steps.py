@@ -4,12 +4,13 @@ import gzip
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.cleaning import redact
+from lemur_jax.data.cleaning import decontaminate, redact
 from lemur_jax.data.cleaning.decontaminate import Decontaminate, too_short
 from lemur_jax.data.cleaning.redact import RedactAddresses, RedactSecrets
 from lemur_jax.data.cleaning.steps import (
@@ -208,6 +209,18 @@ def test_decontamination_is_brute_force(tmp_path_factory, items, document):
         gram = tuple(result.evidence["ngram"].split())
         assert gram in windows and result.evidence["item"] == f"e.jsonl:{grams[gram]}"
     assert too_short(step) == sum(len(item) < least for item in items)
+
+
+def test_equal_numbers_are_not_enough(tmp_path, monkeypatch):
+    """Red if n-grams of the same number are taken for the same words."""
+    numbers = decontaminate.ngram_numbers
+    monkeypatch.setattr(decontaminate, "ngram_numbers", lambda w, n: numbers(w, n) * np.uint64(0))
+    words = "abcdefghijklmnop"
+    (tmp_path / "e.jsonl").write_text(json.dumps({"q": " ".join(words)}))
+    step = Decontaminate(files=str(tmp_path / "e.jsonl"))
+    other = " ".join(reversed(words))
+    assert outcome(step, other) == other
+    assert outcome(step, " ".join(words)) == "shares an n-gram"
 
 
 def test_evaluation_files(tmp_path):
