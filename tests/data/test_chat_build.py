@@ -326,6 +326,24 @@ def test_the_format_travels_and_transformers_template_agrees(root, tokenizer, bu
     assert spelled == expected
 
 
+@pytest.mark.slow
+def test_transformers_makes_the_same_ids(root, tokenizer, built):
+    """Red if the template has other text, or transformers reads other specials from our files."""
+    import transformers
+
+    directory = root / "data" / "tokenizer"
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    turns = (Message("system", "S"), Message("user", " Q\n"), Message("assistant", "A"))
+    talk = Conversation((*turns, Message("user", "More")), "x")
+    ours = formats.render([talk], formats.FORMATS["chatml"], tokenizer, answer="")[0]
+    made = theirs.apply_chat_template(
+        [message._asdict() for message in talk.messages],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert made == list(ours.ids)
+
+
 def test_docstring_conversations():
     """Red if the body or the docstring is cut wrongly, or a held-out file trains."""
     source = (
