@@ -21,6 +21,11 @@ class ConfigError(LemurError, ValueError):
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(
+        self,
+    ):  # pickled with its message it would come out of a process letter by letter
+        return type(self), (self.problems,)
+
 
 def _positive(config: Any, *fields: str) -> list[str]:
     name = type(config).__name__

@@ -132,7 +132,7 @@ def _position_violations(
 def _arithmetic_violations(pipeline: Pipeline, traced: Lineage) -> list[str]:
     """Contiguity: each interval begins where the one before ended, in every source."""
     found, size, order = [], pipeline.config.batch_size, pipeline.order
-    before = 0
+    before = traced.intervals[0].start if traced.intervals else 0  # lineage.py names a late start
     for interval in traced.intervals:
         used, used_after = order.used(interval.start * size), order.used(interval.stop * size)
         grown = sum(used_after.values()) - sum(used.values())

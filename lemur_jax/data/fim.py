@@ -12,6 +12,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lemur_jax.config import ConfigError
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -63,20 +65,21 @@ class FillInTheMiddle:
         probe = tokenizer.encode(_PROBE) if tokenizer.adds_first_space else []
         self._before, self._probe = (_PROBE if probe else ""), probe
 
-    def encode(self, text: str, cut: Cut) -> list[int]:
+    def encode(self, text: str, cut: Cut) -> np.ndarray:
         """Ids of the rearranged text, with the special ids, without BOS and EOS."""
         middle, suffix = text[cut.first : cut.second], text[cut.second :]
         parts = [text[: cut.first], self._before + middle, self._before + suffix]
-        prefix_ids, middle_ids, suffix_ids = self._tokenizer.encode_batch(parts)
+        prefix_ids, middle_ids, suffix_ids = self._tokenizer.encode_arrays(parts)
         middle_ids, suffix_ids = self._without_probe(middle_ids), self._without_probe(suffix_ids)
-        start = [self._prefix]
+        pre, suf, mid = [self._prefix], [self._suffix], [self._middle]
         if cut.spm:
-            start += [self._suffix, *suffix_ids, self._middle]
-            return [*start, *prefix_ids, *middle_ids]
-        return [*start, *prefix_ids, self._suffix, *suffix_ids, self._middle, *middle_ids]
+            order = pre, suf, suffix_ids, mid, prefix_ids, middle_ids
+        else:
+            order = pre, prefix_ids, suf, suffix_ids, mid, middle_ids
+        return np.concatenate(order).astype(np.int32)
 
-    def _without_probe(self, ids: list[int]) -> list[int]:
-        if ids[: len(self._probe)] != self._probe:
+    def _without_probe(self, ids: np.ndarray) -> np.ndarray:
+        if ids[: len(self._probe)].tolist() != self._probe:
             raise ConfigError(
                 [
                     "BuildConfig.fim_rate: this tokenizer merges a newline with what follows it, "

@@ -99,12 +99,16 @@ def children(directory: str | Path) -> list[str]:
     return sorted({name.split("/")[0] for name in sizes(directory)})
 
 
-def remove(directory: str | Path) -> None:
-    """Removes `directory` and everything in it; nothing happens when it is not there."""
-    if is_local(directory):
-        shutil.rmtree(local(directory), ignore_errors=True)
+def remove(where: str | Path) -> None:
+    """Removes a file or a directory with everything in it; nothing happens when there is none."""
+    if not is_local(where):
+        parent, _, name = str(where).rpartition("/")
+        _open(parent).write(name, None).result()
+        _open(where).delete_range(ts.KvStore.KeyRange()).result()
+    elif local(where).is_dir():
+        shutil.rmtree(local(where))
     else:
-        _open(directory).delete_range(ts.KvStore.KeyRange()).result()
+        local(where).unlink(missing_ok=True)
 
 
 def storage_error(what: str, where: str, error: Exception) -> StorageError:

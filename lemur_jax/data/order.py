@@ -75,6 +75,7 @@ class Order:
         now = {name: rates[name] for name in self.rows}
         self._phases = [_Phase(0, _shares(now), dict.fromkeys(self.rows, 0))]
         self._base = self._phases[0]
+        self._digest = None  # not cheap for tiny sources: see `shuffled`
         for position in sorted({change[0] for change in changes}):
             now |= {source: rate for at, source, rate in changes if at == position}
             phase = _Phase(position, _shares(now), self.used(position))
@@ -95,7 +96,11 @@ class Order:
         return Place(source, self.shuffled(source, epoch, within), epoch)
 
     def shuffled(self, source: str, epoch: int, within: int) -> int:
-        """The row that stands at `within` in an epoch of a source."""
+        """The row that stands at `within` in an epoch of a source.
+
+        5 us, but 65,536 / rows times 1 us for sources below some thousands of rows: grain's
+        cipher has 16 bits at least and is applied until it falls into the source.
+        """
         from grain.experimental import index_shuffle  # 2.5 s, of which jax and orbax are the most
 
         last = self.rows[source] - 1
@@ -128,9 +133,12 @@ class Order:
 
         Without the changes of rates, which are compared by themselves.
         """
+        if self._digest is not None:
+            return self._digest
         places = [(p, self._place(self._base, p)) for p in _PROBES]
         text = ";".join(f"{p}:{place.source}/{place.row}" for p, place in places)
-        return hashlib.sha256(text.encode()).hexdigest()
+        self._digest = hashlib.sha256(text.encode()).hexdigest()
+        return self._digest
 
 
 def _next(k: int, shares: Sequence[tuple[str, int]]) -> tuple[str, int]:

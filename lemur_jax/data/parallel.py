@@ -20,6 +20,7 @@ from rich.progress import (
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data import location
+from lemur_jax.data.manifest import JOURNAL
 from lemur_jax.data.sources import SPLITS
 from lemur_jax.data.store import check_files
 from lemur_jax.data.worker import Work, build_group, finished, run, start
@@ -93,10 +94,11 @@ def _must_be_here(item: Work) -> bool:
 def _remove_others(config: "BuildConfig", planned: Mapping[str, list]) -> None:
     """Parts beyond the plan, of an earlier attempt with more inputs."""
     for source, groups in planned.items():
-        for split in SPLITS:
-            folder = location.join(config.path, source, split)
+        folders = [location.join(config.path, source, split) for split in SPLITS]
+        for folder in [*folders, location.join(config.path, JOURNAL, source)]:
             for name in location.children(folder):
-                if int(name.removeprefix("part-")) >= len(groups):
+                number = name.removeprefix("part-").removesuffix(".json")
+                if number.isdigit() and int(number) >= len(groups):
                     location.remove(location.join(folder, name))
 
 

@@ -16,9 +16,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data.words import SPACE, WordEncoder, is_separable
 
 MODEL = "tokenizer.model"
 JSON = "tokenizer.json"
@@ -26,7 +28,6 @@ CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 CHAT = ("chat_template.jinja", "chat_format.json")
 FILES = (MODEL, JSON, CONFIG, SPECIAL, "added_tokens.json", *CHAT)
-SPACE = "▁"
 
 
 class Tokenizer:
@@ -112,6 +113,18 @@ class Tokenizer:
         after = [self._required("eos")] if eos else []
         batch = self._engine.encode_batch(texts, threads)
         return [before + ids + after for ids in batch] if bos or eos else batch
+
+    def encode_arrays(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False, threads: int = 1
+    ) -> list[np.ndarray]:
+        """As `encode_batch`, in arrays [n] int32: what a build packs; `words.py` where it can."""
+        before = [self._required("bos")] if bos else []
+        after = [self._required("eos")] if eos else []
+        if (words := self._engine.words) is not None:
+            found = [words.encode(text) for text in texts]
+        else:
+            found = self._engine.encode_batch(texts, threads)
+        return [np.concatenate([before, ids, after]).astype(np.int32) for ids in found]
 
     def _required(self, role: str) -> int:
         index = getattr(self, f"{role}_id")
@@ -225,6 +238,11 @@ class _SentencePieceEngine:
         probe = processor.encode("a", out_type=str)
         self.drops_first_space = bool(probe) and probe[0].startswith(SPACE)
 
+    @functools.cached_property
+    def words(self) -> WordEncoder | None:
+        data = self._processor.serialized_model_proto()
+        return WordEncoder(data) if is_separable(data) else None
+
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=threads)
 
@@ -251,6 +269,8 @@ class _SentencePieceEngine:
 
 class _JsonEngine:
     """`tokenizer.json` through the `tokenizers` library, with its parsing of specials removed."""
+
+    words = None  # another algorithm
 
     def __init__(self, path: Path):
         import tokenizers  # not needed by SentencePiece tokenizers

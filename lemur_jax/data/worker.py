@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing import connection, parent_process
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lemur_jax.data import location
 from lemur_jax.data.files import Document
 from lemur_jax.data.fim import FillInTheMiddle, draw
@@ -147,28 +149,30 @@ class _Encoder:
         self._config, self._threads = config, threads
         self._bos, self._eos = config.bos_eos in ("both", "bos"), config.bos_eos in ("both", "eos")
         t = self.tokenizer
-        self._void = {t.unk_id, t.bos_id, t.eos_id, t.id_of(SPACE)}  # a text of these says nothing
+        void = (t.unk_id, t.bos_id, t.eos_id, t.id_of(SPACE))  # a text of these says nothing
+        self._void = [index for index in void if index is not None]
         self._fim = FillInTheMiddle(self.tokenizer, config.fim_tokens) if config.fim_rate else None
 
-    def encode(self, batch: list[Document]) -> list[list[int]]:
+    def encode(self, batch: list[Document]) -> list[np.ndarray]:
         texts = [document.text for document in batch]
-        found = self.tokenizer.encode_batch(texts, self._bos, self._eos, self._threads)
+        found = self.tokenizer.encode_arrays(texts, self._bos, self._eos, self._threads)
         return [self._finish(document, ids) for document, ids in zip(batch, found)]
 
-    def _finish(self, document: Document, ids: list[int]) -> list[int]:
+    def _finish(self, document: Document, ids: np.ndarray) -> np.ndarray:
         config, counts = self._config, self.counts
         if not len(ids):
             counts["no_tokens"] += 1
             return ids
+        if (ids == self.tokenizer.unk_id).any() and np.isin(ids, self._void).all():
+            counts["only_unknown"] += 1
+            return ids[:0]
         # Held-out documents stay as they are: their loss is compared between data sets.
         if self._fim is not None and document.split == "train":
             cut = draw(document.text, config.seed, config.fim_rate, config.fim_spm_rate)
             if cut is not None:
                 counts["fim"] += 1
-                ids = [*ids[: self._bos], *self._fim.encode(document.text, cut), ids[-1]]
-        if self.tokenizer.unk_id in ids and set(ids) <= self._void:
-            counts["only_unknown"] += 1
-            return []
+                inside = self._fim.encode(document.text, cut)
+                ids = np.concatenate([ids[: self._bos], inside, ids[-1:]])
         most = config.sequence_length + 1
         if config.split_documents == "truncate" and len(ids) > most:
             counts["truncated"] += 1
