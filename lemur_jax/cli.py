@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="SRC: run, checkpoint, Hugging Face directory (safetensors or .bin), Meta's or "
         "EasyLM's weights; DST: new directory. Or the word verify and two models",
     )
-    convert.add_argument("--to", choices=("hf", "lemur", "easylm"), help="default: lemur, or hf")
+    convert.add_argument(
+        "--to", choices=("hf", "lemur", "easylm", "peft"), help="default: lemur, or hf"
+    )
     convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     convert.add_argument("--max_ram", default="4GiB", help="memory that it may take (4GiB)")
     convert.add_argument(
@@ -150,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         "--new_rows", choices=("mean", "zeros"), default="mean", help="what new rows hold"
     )
     convert.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
+    convert.add_argument(
+        "--base", metavar="MODEL", help="under PEFT's adapters; with --to=peft what they call it"
+    )
     convert.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     convert.add_argument("--processes", type=int, default=1, help="that share the work")
     convert.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
@@ -345,6 +350,8 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     source, target = options.paths
     kind = recognise(source)
     to = options.to or ("hf" if kind == "lemur" else "lemur")
+    if to == "peft":
+        return _export_peft(source, target, options)
     tokens = (options.add_tokens or "").split(",") if options.add_tokens else []
     tokens = CHATML if tokens == ["chatml"] else tuple(tokens)
     changed = (options.dtype, options.mesh, options.vocab_size, *tokens)
@@ -363,6 +370,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
             vocab_size=options.vocab_size,
             new_rows=options.new_rows,
             max_positions=options.max_positions,
+            base=options.base,
             process=options.process,
             processes=options.processes,
         ),
@@ -373,6 +381,18 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         return 0
     if kind == "hf" and to == "lemur":
         _note_tokenizer(source)
+    print(f"wrote {target}")
+    return 0
+
+
+def _export_peft(source: str, target: str, options: argparse.Namespace) -> int:
+    from lemur_jax.convert.model import open_source
+    from lemur_jax.convert.peft import export_peft
+
+    refused = ("dtype", "mesh", "add_tokens", "vocab_size", "dry_run")
+    if given := [f"--{name}" for name in refused if getattr(options, name)]:
+        raise UsageError(f"--to=peft writes adapters as they are: remove {', '.join(given)}")
+    export_peft(open_source(source), target, options.base)
     print(f"wrote {target}")
     return 0
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.data import epochs
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
 from lemur_jax.train import ahead, programs, saved
@@ -92,6 +93,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     pipeline = Pipeline(config.data, record.exclusions(NO_STEP_YET))
     _check_vocabulary(config, pipeline)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
+    epochs.report_run(pipeline.manifest, config.steps * tokens_per_step, report)
 
     # ----- state -----------------------------------------------------------------------------
     transform = optimizer(config.optimizer)
@@ -166,7 +168,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
                 read_metrics()
                 unread = None
                 with progress.paused():
-                    held_out = evaluate(eval_fn, state.model, pipeline, config, mesh)
+                    held_out = evaluate(eval_fn, state.adapted, pipeline, config, mesh)
                 log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
                 report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
 
