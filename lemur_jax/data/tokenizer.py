@@ -26,7 +26,8 @@ MODEL = "tokenizer.model"
 JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
-FILES = (MODEL, JSON, CONFIG, SPECIAL, "added_tokens.json", "chat_template.jinja")
+CHAT = ("chat_template.jinja", "chat_format.json")
+FILES = (MODEL, JSON, CONFIG, SPECIAL, "added_tokens.json", *CHAT)
 
 
 class Tokenizer:

@@ -229,6 +229,24 @@ def test_one_question_is_on_one_side(root, tokenizer):
     assert len(questions["train"]) + len(questions["validation"]) == 20
 
 
+def test_a_held_out_copy_goes_and_the_training_one_stays(root, tokenizer):
+    """Red if cleaning sees conversations in the order of the file: held-out text would train."""
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    other = [turns[0], {"role": "assistant", "content": "B"}]
+    records = [
+        {"messages": turns, "split": "validation"},
+        {"messages": turns, "split": "train"},
+        {"messages": other, "split": "validation"},
+    ]
+    path = root / "copies.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = ChatSourceConfig(name="c", files=(str(path),), format="messages", split_key="split")
+    steps = (clean.DropExactDuplicates(),)
+    chat_build.build(config(root, None, "copies", sources=(source,), steps=steps), quiet())
+    assert list(stored(root, "copies", "train")) == ["c/copies.jsonl:2"]
+    assert list(stored(root, "copies", "validation")) == ["c/copies.jsonl:3"]
+
+
 def test_most_takes_a_seeded_choice(root, tokenizer, talks):
     """Red if `most` takes the first ones, or is ignored."""
     source = ChatSourceConfig(
@@ -306,6 +324,24 @@ def test_the_format_travels_and_transformers_template_agrees(root, tokenizer, bu
         for part in parts
     )
     assert spelled == expected
+
+
+@pytest.mark.slow
+def test_transformers_makes_the_same_ids(root, tokenizer, built):
+    """Red if the template has other text, or transformers reads other specials from our files."""
+    import transformers
+
+    directory = root / "data" / "tokenizer"
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    turns = (Message("system", "S"), Message("user", " Q\n"), Message("assistant", "A"))
+    talk = Conversation((*turns, Message("user", "More")), "x")
+    ours = formats.render([talk], formats.FORMATS["chatml"], tokenizer, answer="")[0]
+    made = theirs.apply_chat_template(
+        [message._asdict() for message in talk.messages],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert made == list(ours.ids)
 
 
 def test_docstring_conversations():

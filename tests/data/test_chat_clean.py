@@ -25,9 +25,20 @@ def test_languages():
     numbers = Conversation((Message("user", "1 + 1"), Message("assistant", "2")), "p")
     assert step.keep([numbers]) == [True]
     for doubtful in ("print radio\nYes.", "normal test\nYes.", "taxi hotel bar\nYes."):
-        assert len({step._detected(doubtful) for _ in range(20)}) == 1
+        assert len({*clean.languages_of([doubtful] * 20)}) == 1
     both = clean.KeepLanguages(languages=("en", "de"))
     assert both.keep([talk(german)]) == [True]
+
+
+@pytest.mark.slow
+def test_languages_in_processes(monkeypatch):
+    """Red if parts come back in another order, or the seed is not set in the processes."""
+    monkeypatch.setattr(clean, "_TEXTS_A_TASK", 3)
+    words = ("print radio", "normal test", "Die Zeilen, die gelesen wurden.", "1", "the open file")
+    talks = [talk(word) for word in words * 4]
+    found = clean.KeepLanguages(processes=2)._detect(talks)
+    assert found == clean.KeepLanguages(processes=1)._detect(talks)
+    assert len(set(found)) > 2
 
 
 def test_language_of_the_record():
@@ -121,7 +132,7 @@ def test_steps_are_counted_and_limited_to_their_sources():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: clean.KeepLanguages(languages=()),
+        lambda: clean.KeepLanguages(languages=(), characters=0, processes=-1),
         lambda: clean.DropNonEnglishRuns(length=0),
         lambda: clean.DropNearDuplicates(threshold=0.0, shingle_words=0, permutations=1),
     ],

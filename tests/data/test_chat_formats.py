@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from lemur_jax.config import ConfigError
 from lemur_jax.convert.vocabulary import CHATML
+from lemur_jax.data import tokenizer_files
 from lemur_jax.data.chat import formats
 from lemur_jax.data.chat.conversation import Conversation, Message, fault
 from lemur_jax.data.tokenizer import Tokenizer
@@ -276,6 +277,7 @@ def llama2(tmp_path_factory):
     shutil.copyfile(model, directory / "tokenizer.model")
     ids = {token: 32000 + n for n, token in enumerate(CHATML)}
     (directory / "added_tokens.json").write_text(json.dumps(ids))
+    tokenizer_files.write_hf_files(directory)
     return Tokenizer.load(directory)
 
 
@@ -288,6 +290,32 @@ def test_ids_of_lemur_chat(llama2):
     turns = [[32001, *header, *end] for header in (system, user, answer)]
     assert list(made.ids) == [1, *turns[0], *turns[1], *turns[2]]
     assert made.learnt == (*[False] * 18, *[True] * 4)  # A, <|im_end|>, and "\n" as two ids
+
+
+def test_real_conversations_are_train_pys(llama2):
+    """Red as test_ids_and_labels_are_train_pys, on Llama-2's vocabulary and MINT's real tasks."""
+    files = sorted((SHARED_DATA / "mint").glob("*/test_prompts.json"))
+    if not files:
+        pytest.skip(f"{SHARED_DATA / 'mint'} is absent: shared test data is not on this machine")
+    engine = tokenizers.Tokenizer.from_file(str(llama2.directory / "tokenizer.json"))
+    tasks = [json.loads(line) for file in files for line in file.read_text().splitlines()[:8]]
+    talks = [
+        conversation(str(task["prompt"]), str(task["reference"]) or "none", system="Solve it.")
+        for task in tasks
+    ]
+    made = formats.render(talks, formats.FORMATS["chatml"], llama2)
+    assert len(made) == 56
+    for talk, one in zip(talks, made):
+        ids, labels = as_train_py(
+            talk.messages,
+            lambda text: engine.encode(text).ids,
+            chatml_text,
+            "<|im_start|>assistant\n",
+            300,
+        )
+        one = one.cut(300)
+        assert list(one.ids) == ids
+        assert [i if learnt else IGNORED for i, learnt in zip(one.ids, one.learnt)] == labels
 
 
 def test_mint_logged_the_same_prompt_tokens(llama2):

@@ -48,7 +48,7 @@ def test_best_fit_refuses_what_cannot_fit():
 @settings(deadline=None)
 @given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=40))
 def test_segmented_rows_keep_conversations_whole_and_apart(lengths):
-    """Red if `row.loss[at] = 0` goes, segments repeat, or `at` is not moved."""
+    """Red if segments repeat, `at` is not moved, or a mask is another conversation's."""
     talks = many(lengths)
     seen = {}
     for row in pack.segmented(talks, CAPACITY):
@@ -112,6 +112,13 @@ def test_a_row_may_exceed_max_seq_length_by_one():
     assert batch.weights[0, -1] == 0  # the extra token is a target only, and not learnt
     two = list(pack.lemur_compat(many([9, 15]), CAPACITY + 1, end_id=2))
     assert len(two) == 2
+
+
+def test_a_cut_conversation_counts_no_target_in_the_first_column():
+    """Red if `row.loss[0] = 0` goes: counts of learnt tokens would be off by one."""
+    first, second = pack.lemur_compat(many([CAPACITY + 5]), CAPACITY + 1, end_id=2)
+    assert (first.segments.sum(), second.segments.sum()) == (CAPACITY, 5)
+    assert second.loss.tolist()[:6] == [0, 1, 1, 1, 1, 0]
 
 
 def test_compat_rows_attend_across_and_do_not_learn_the_end():

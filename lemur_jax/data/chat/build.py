@@ -90,7 +90,10 @@ def _identity(config: ChatBuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     for field in ("path", "tokenizer", "threads", "sources"):
         del settings[field]
-    settings["steps"] = [[type(s).__name__, dataclasses.asdict(s)] for s in config.steps]
+    settings["steps"] = [
+        [type(step).__name__, {**dataclasses.asdict(step), "processes": None}]  # decide no content
+        for step in config.steps
+    ]
     inputs = {}
     for source in config.sources:
         fields = dataclasses.asdict(source)

@@ -9,8 +9,11 @@ is not here: `DropNearDuplicates` compares word shingles (MinHash), which finds 
 edits and not paraphrases.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
+import multiprocessing
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -21,6 +24,7 @@ from lemur_jax.data.chat.conversation import Conversation
 
 _WORD = re.compile(r"\w+")
 _CODE = re.compile(r"```.*?(```|$)", re.DOTALL)
+_TEXTS_A_TASK = 2000  # a process takes a second to start
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -32,6 +36,7 @@ class KeepLanguages:
       languages: ISO 639-1 codes, as langdetect's.
       field: of the record that holds the language ("lang" of OpenAssistant); None detects it.
       characters: of the text that are looked at, fenced code left out.
+      processes: that detect; 0: one for each core. One detects about 200 texts a second.
       sources: names of the sources that it applies to; () is all of them.
 
     A text in which nothing can be detected (numbers, code alone) stays.
@@ -41,6 +46,7 @@ class KeepLanguages:
     languages: tuple[str, ...] = ("en",)
     field: str | None = None
     characters: int = 2000
+    processes: int = 1
     sources: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -48,12 +54,16 @@ class KeepLanguages:
         problems = [] if self.languages else ["KeepLanguages.languages=() keeps nothing"]
         if self.characters < 1:
             problems.append(f"KeepLanguages.characters={self.characters} must be positive")
+        if self.processes < 0:
+            problems.append(
+                f"KeepLanguages.processes={self.processes} must be >= 0 (0: every core)"
+            )
         _raise_if(problems)
 
     def keep(self, conversations: Sequence[Conversation]) -> list[bool]:
         """Whether each stays. Raises ConfigError for a record without `field`."""
         if self.field is None:
-            return [self._detected(c.text()) in (None, *self.languages) for c in conversations]
+            return [found in (None, *self.languages) for found in self._detect(conversations)]
         _raise_if(
             [
                 f"KeepLanguages.field={self.field!r}: {c.path} has none; set field=None to detect "
@@ -64,14 +74,31 @@ class KeepLanguages:
         )
         return [c.meta[self.field] in self.languages for c in conversations]
 
-    def _detected(self, text: str) -> str | None:
-        import langdetect  # late: its profiles take half a second
+    def _detect(self, conversations: Sequence[Conversation]) -> list[str | None]:
+        texts = [_CODE.sub(" ", c.text())[: self.characters] for c in conversations]
+        chunks = [texts[at : at + _TEXTS_A_TASK] for at in range(0, len(texts), _TEXTS_A_TASK)]
+        processes = min(self.processes or os.cpu_count() or 1, len(chunks))
+        if processes < 2:
+            return languages_of(texts)
+        # Not forked: jax and TensorFlow may have threads in this process.
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
+            return [found for part in pool.map(languages_of, chunks) for found in part]
 
-        langdetect.DetectorFactory.seed = 0  # it draws at random otherwise
-        try:
-            return langdetect.detect(_CODE.sub(" ", text)[: self.characters])
-        except langdetect.LangDetectException:
-            return None
+
+def languages_of(texts: Sequence[str]) -> list[str | None]:
+    """The language of each text by langdetect, always the same; None where there is none."""
+    import langdetect  # late: its profiles take half a second
+
+    langdetect.DetectorFactory.seed = 0  # it draws at random otherwise
+    return [_language_of(langdetect, text) for text in texts]
+
+
+def _language_of(langdetect, text: str) -> str | None:
+    try:
+        return langdetect.detect(text)
+    except langdetect.LangDetectException:
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

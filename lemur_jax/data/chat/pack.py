@@ -114,7 +114,6 @@ def segmented(rendered: Sequence[Rendered], columns: int) -> Iterator[PackedRow]
             end = at + len(one.ids)
             row.tokens[at:end], row.loss[at:end] = one.ids, one.learnt
             row.segments[at:end] = segment
-            row.loss[at] = 0  # its first token is never a target
             at = end
         yield dataclasses.replace(row, conversations=tuple(items))
 
@@ -134,7 +133,7 @@ def lemur_compat(rendered: Sequence[Rendered], columns: int, end_id: int) -> Ite
                 end += 1
             at = end
         row.segments[:at] = 1
-        row.loss[0] = 0
+        row.loss[0] = 0  # of a conversation that was cut: the first column is no target
         yield dataclasses.replace(row, conversations=tuple(piece.conversation for piece in slices))
 
 
