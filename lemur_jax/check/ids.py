@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +11,22 @@ from lemur_jax.check.certificate import Result, judge
 from lemur_jax.check.evidence import CHATML, Evidence
 from lemur_jax.data.tokenizer import JSON, MODEL
 
-Encode = Callable[[str], list[int]]
-Decode = Callable[[list[int]], str]
+
+class Reference(NamedTuple):
+    """A tokenizer as its own library has it, without our code.
+
+    Attributes:
+      decode, encode: ids to text and back; text is never parsed for special tokens.
+      known: id of a token's name, or None.
+      size: ids are below this, added tokens aside.
+    """
+
+    decode: Callable[[list[int]], str]
+    encode: Callable[[str], list[int]]
+    known: Callable[[str], int | None]
+    size: int
+
+
 MOST_TEXTS = 2000
 EDGE = 12  # ids at a cut that may be others when the text is cut there
 
@@ -25,20 +40,20 @@ def check_ids(evidence: Evidence, vocab_size: int) -> Result:
       vocab_size: of the model.
     """
     tokenizer, fixes = evidence.tokenizer, []
-    decode, encode, known = reference(tokenizer.directory)
+    library = reference(tokenizer.directory)
     specials = _specials(evidence)
-    fixes += _check_specials(evidence, specials, known, vocab_size)
+    fixes += _check_specials(evidence, specials, library.known, vocab_size)
     counts = {"whole texts": 0, "parts": 0, "different": 0, "not judged": 0}
     first = ""
     for ids, is_whole in itertools.islice(texts(evidence, set(specials.values())), MOST_TEXTS):
         if not _judgeable(evidence, ids, is_whole):
             counts["not judged"] += 1
             continue
-        again = encode(decode(ids))
         counts["whole texts" if is_whole else "parts"] += 1
+        again = library.encode(library.decode(ids)) if max(ids) < library.size else []
         if not (ids == again if is_whole else _contains(again, ids[EDGE:-EDGE])):
             counts["different"] += 1
-            first = first or f"{decode(ids[:12])!r} is {ids[:6]}, encoded again {again[:6]}"
+            first = first or f"ids {ids[:8]} became {again[:8]}"
     if counts["different"]:
         fixes.append(
             f"{counts['different']} texts have other ids than {tokenizer.directory} gives them "
@@ -68,8 +83,8 @@ def _contains(ids: list[int], part: list[int]) -> bool:
     return f" {' '.join(map(str, part))} " in f" {' '.join(map(str, ids))} "
 
 
-def reference(directory: Path) -> tuple[Decode, Encode, Callable[[str], int | None]]:
-    """decode, encode and id-of-a-special of the tokenizer's own library, without our code."""
+def reference(directory: Path) -> Reference:
+    """The tokenizer of a directory through sentencepiece, or `tokenizers`, itself."""
     if (directory / MODEL).is_file():
         import sentencepiece
 
@@ -79,14 +94,15 @@ def reference(directory: Path) -> tuple[Decode, Encode, Callable[[str], int | No
             index = processor.piece_to_id(token)
             return index if processor.id_to_piece(index) == token else None
 
-        return processor.decode, processor.encode, known
+        return Reference(processor.decode, processor.encode, known, processor.vocab_size())
     import tokenizers
 
     library = tokenizers.Tokenizer.from_file(str(directory / JSON))
-    return (
+    return Reference(
         lambda ids: library.decode(ids, skip_special_tokens=False),
         lambda text: library.encode(text, add_special_tokens=False).ids,
         library.token_to_id,
+        library.get_vocab_size(with_added_tokens=True),
     )
 
 
