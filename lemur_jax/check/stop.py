@@ -79,12 +79,12 @@ def _rows(config: TrainConfig, name: str, index: int) -> tuple[dict[str, Any], l
     same = np.flatnonzero((head == head[index]).all(axis=1))
     same = [int(other) for other in same if other != index]
     zero = not head[index].any()
-    frozen = config.lora is not None
+    frozen = config.lora is not None and not config.lora.embeddings
     said = "all zero" if zero else f"equal to those of {same[:6]}" if same else "its own"
     figures = {"rows": f"{said}, {'frozen' if frozen else 'trained'}"}
     if frozen and (zero or same):
         return figures, [
             f"the head's row of {name} is {said} and LoRA freezes it, so it can never be told from "
-            "them: train all weights (TrainConfig.lora=None), or start from a model that knows it"
+            "them: LoraConfig.embeddings=True trains it"
         ]
     return figures, []

@@ -61,12 +61,13 @@ class Subject:
         def make(key):
             if adapt is None:
                 return Weights(Decoder(model, key), None)
-            adapters = lora.Adapters(adapt, model, key)
+            decoder = Decoder(model, key)
+            adapters = lora.beside(decoder, adapt, key)
             keys = iter(jax.random.split(key, len(jax.tree.leaves(adapters))))
             drawn = jax.tree.map(
                 lambda w: w + 0.02 * jax.random.normal(next(keys), w.shape, w.dtype), adapters
             )
-            return Weights(Decoder(model, key), drawn)
+            return Weights(decoder, drawn)
 
         where = param.shardings(jax.eval_shape(make, key), self.mesh)
         return jax.jit(make, out_shardings=where)(key)

@@ -40,7 +40,7 @@ MODEL = ModelConfig(
     norm_eps=1e-5,
     dtype="float32",
 )
-LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"))
+LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"), embeddings=True)
 
 
 def config(run_dir: Path, data: Path, **changes) -> TrainConfig:
@@ -86,7 +86,7 @@ def test_a_checkpoint_holds_base_adapters_and_their_moments(base, adapted):
     assert {n: w for n, w in stored.items() if n.startswith("params/")}.keys() == before.keys()
     assert all(np.array_equal(stored[name], weight) for name, weight in before.items())
     moments = [n for n in stored if n.startswith("opt/") and stored[n].ndim]
-    assert len(moments) == 2 * 2 * len(LORA.targets)
+    assert len(moments) == 2 * (2 * len(LORA.targets) + len(("table", "head")))
     assert np.abs(stored["adapters/layers/wq_b"]).max() > 0
 
 
