@@ -21,6 +21,7 @@ ALLOWED = {
     "convert": {"config", "sharding", "model", "checkpoint", "data", "errors"},
     "train": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
     "sample": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
+    "check": {"config", "sharding", "model", "data", "convert", "train"},
     "plan": {"config", "sharding", "model", "train", "sample", "errors"},
 }
 DOORS = {
