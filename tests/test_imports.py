@@ -106,7 +106,7 @@ def test_no_tensorflow_no_torch(module):
     """Red if data/pipeline.py imports seqio at the top."""
     code = (
         f"import sys, {module}; "
-        "bad = {'tensorflow', 'torch', 'seqio', 'transformers', 'pyarrow', 'langdetect', 'datasketch'}; "
+        "bad = {'tensorflow', 'torch', 'seqio', 'transformers', 'pyarrow', 'datasketch'}; "
         "bad &= set(sys.modules); "
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
