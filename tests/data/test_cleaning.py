@@ -311,6 +311,11 @@ def test_bad_records_of_a_run(tmp_path, quiet, capsys):
     report = clean(config_of(tmp_path, (counting,), steps=steps), quiet)
     assert report["sources"]["code"]["records_bad"] == 1
     assert "1 bad records" in capsys.readouterr().err
+    (tmp_path / "y.jsonl").write_text("not json either")
+    both = {"train_files": str(tmp_path / "*.jsonl"), "max_bad_records": 1}  # of all shards
+    counting = SourceConfig(**fields | {"bad_records": "count"} | both)
+    with pytest.raises(ConfigError, match=r"2 bad records, SourceConfig.max_bad_records=1"):
+        clean(config_of(tmp_path, (counting,), steps=steps, path=str(tmp_path / "two")), quiet)
 
 
 @pytest.mark.slow
