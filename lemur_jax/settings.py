@@ -315,6 +315,10 @@ def _fits(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(kind))
+    if origin is tuple and Ellipsis not in typing.get_args(kind):  # one type for each place
+        items = typing.get_args(kind)
+        same = isinstance(value, (tuple, list)) and len(value) == len(items)
+        return same and all(map(_fits, value, items))
     if origin in (tuple, list):
         item = typing.get_args(kind)[0]
         return isinstance(value, (tuple, list)) and all(_fits(v, item) for v in value)

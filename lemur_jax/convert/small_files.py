@@ -16,6 +16,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "chat_format.json",
     "vocab.json",
     "merges.txt",
 )

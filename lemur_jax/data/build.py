@@ -1,34 +1,39 @@
 """`lemur data build`: tokenise once, offline, into rows that training reads at random.
 
-    DATA_DIR/manifest.json          what was built from what: see `build`
+    DATA_DIR/manifest.json          what was built from what; written last (manifest.py)
     DATA_DIR/tokenizer/             a copy of the tokenizer
-    DATA_DIR/<source>/<split>/      the row store (`store.py`) of each source and split
+    DATA_DIR/<source>/<split>/      the row store (store.py) of each source and split
+    DATA_DIR/journal/               which parts are finished, while building and for repairs
 
-Tokenising runs on SentencePiece's native threads, not in processes: measured 3.9 MB/s on one
-thread and 11.1 MB/s on four, with nothing to pickle and no start-up cost.
+Input shards are grouped into parts of about `part_bytes`; worker processes tokenise and write a
+part each (worker.py). Parts are cut before anybody starts, so the rows are the same for any number
+of workers, and after any number of kills: the same command goes on with the parts that are missing.
+DATA_DIR may be in object storage (gs://, s3://).
 """
 
+import contextlib
 import dataclasses
-import hashlib
+import fcntl
 import json
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.files import Document, expand, new_directory
-from lemur_jax.data.sources import SPLITS, SourceConfig, documents
-from lemur_jax.data.store import RowWriter
+from lemur_jax.data import location, manifest
+from lemur_jax.data.parallel import build_groups
+from lemur_jax.data.rows_writer import FORMAT_VERSION, PART
+from lemur_jax.data.sources import SourceConfig
+from lemur_jax.data.store import check_files
+from lemur_jax.data.summary import finish, report
 from lemur_jax.data.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
-CHARACTERS_PER_BATCH = 4_000_000
+__all__ = ["FORMAT_VERSION", "BuildConfig", "build", "existing"]
+
+SPLIT_DOCUMENTS = ("continue", "truncate")
+BOS_EOS = ("both", "bos", "eos", "none")
+FIM_TOKENS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,13 +41,20 @@ class BuildConfig:
     """One run of `lemur data build`.
 
     Attributes:
-      path: DATA_DIR: a new directory, or one that the same build wrote before.
+      path: DATA_DIR, local or gs://, s3://: new, or one that the same build wrote before.
       sources: what goes in.
       tokenizer: tokenizer directory; a copy goes into the data set.
       sequence_length: T: rows hold T+1 tokens.
       mixture: name of the mixture, for logs and messages.
-      seed: of `validation_fraction`.
-      threads: of the tokenizer; 0 takes one for each core.
+      seed: of `validation_fraction` and of fill-in-the-middle.
+      workers: processes; 0 takes one for each core. Decides nothing but the speed.
+      part_bytes: input of one part, at least: what is built again after a kill, a worker each.
+      split_documents: a document that does not fit goes on in the next row ("continue"), or is
+        cut to the length of a row, which is counted ("truncate").
+      bos_eos: which special ids go around a document: "both", "bos", "eos" or "none".
+      fim_rate: share of the training documents that become fill-in-the-middle (see fim.py).
+      fim_spm_rate: share of those in the order suffix, prefix, middle.
+      fim_tokens: spelling of the tokens for prefix, suffix and middle.
     """
 
     path: str
@@ -51,10 +63,17 @@ class BuildConfig:
     sequence_length: int
     mixture: str = "mixture"
     seed: int = 0
-    threads: int = 0
+    workers: int = 0
+    part_bytes: int = 256 * 2**20
+    split_documents: str = "continue"
+    bos_eos: str = "both"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: tuple[str, ...] = FIM_TOKENS
 
     def __post_init__(self):
         object.__setattr__(self, "sources", tuple(self.sources))
+        object.__setattr__(self, "fim_tokens", tuple(self.fim_tokens))
         problems = [
             f"BuildConfig.{field}='' is empty: give a directory"
             for field in ("path", "tokenizer")
@@ -70,150 +89,176 @@ class BuildConfig:
             problems.append(
                 f"BuildConfig.sequence_length={self.sequence_length!r} must be in [2, 65534]"
             )
-        if not isinstance(self.threads, int) or self.threads < 0:
-            problems.append(f"BuildConfig.threads={self.threads!r} must be >= 0 (0: every core)")
+        if not isinstance(self.workers, int) or self.workers < 0:
+            problems.append(f"BuildConfig.workers={self.workers!r} must be >= 0 (0: every core)")
+        if not isinstance(self.part_bytes, int) or self.part_bytes < 1:
+            problems.append(
+                f"BuildConfig.part_bytes={self.part_bytes!r} must be a positive integer"
+            )
+        for field, legal in (("split_documents", SPLIT_DOCUMENTS), ("bos_eos", BOS_EOS)):
+            if getattr(self, field) not in legal:
+                problems.append(
+                    f"BuildConfig.{field}={getattr(self, field)!r} is unknown; legal: {legal}"
+                )
+        problems += self._fim_problems()
         if problems:
             raise ConfigError(problems)
 
-
-def _file_sha256(name: str) -> str:
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _identity(config: BuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the content of a build, without any path of this machine."""
-    sources = {}
-    for source in config.sources:
-        who = f"SourceConfig({source.name!r})"
-        fields = dataclasses.asdict(source)
-        for field in ("train_files", "validation_files"):
-            names = expand(fields[field], f"{who}.{field}") if fields[field] else []
-            fields[field] = {os.path.basename(name): _file_sha256(name) for name in names}
-        sources[source.name] = fields
-    return {
-        "format_version": FORMAT_VERSION,
-        "mixture": config.mixture,
-        "sequence_length": config.sequence_length,
-        "seed": config.seed,
-        "tokenizer_fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "bos_id": tokenizer.bos_id,
-        "eos_id": tokenizer.eos_id,
-        "inputs": sources,
-    }
+    def _fim_problems(self) -> list[str]:
+        problems = [
+            f"BuildConfig.{field}={getattr(self, field)!r} must be a share in [0, 1]"
+            for field in ("fim_rate", "fim_spm_rate")
+            if not isinstance(getattr(self, field), (int, float))
+            or not 0 <= getattr(self, field) <= 1
+        ]
+        if len(self.fim_tokens) != 3 or len(set(self.fim_tokens)) != 3:
+            problems.append(
+                f"BuildConfig.fim_tokens={self.fim_tokens} must be three different tokens: "
+                "of prefix, suffix, middle"
+            )
+        if self.fim_rate and self.bos_eos not in ("both", "eos"):
+            problems.append(
+                f"BuildConfig.bos_eos={self.bos_eos!r} with fim_rate={self.fim_rate}: the model "
+                "learns from EOS where the middle ends; use 'both' or 'eos'"
+            )
+        return problems
 
 
 def existing(config: BuildConfig) -> dict | None:
-    """Manifest of an identical earlier build, None when there is no build at `config.path` yet.
+    """Manifest of an identical, finished build at `config.path`; None when there is work to do.
 
-    Raises ConfigError when that place holds anything else, and for whatever is wrong with the input
-    and can be known without reading it all.
+    There is work when the place is empty or holds an unfinished build of the same settings.
+    Raises ConfigError when it holds anything else, names every part that is damaged, and reports
+    whatever is wrong with the settings and can be known without reading all the input.
     """
+    about, _ = manifest.plan(config, load_tokenizer(config))
+    found = _found(config, about)
+    if found is not None:
+        _check_whole(config.path, found)
+    return found
+
+
+def load_tokenizer(config: BuildConfig) -> Tokenizer:
+    """The tokenizer of a build. Raises ConfigError when it lacks an id that `bos_eos` wants."""
     tokenizer = Tokenizer.load(config.tokenizer)
-    tokenizer.encode("", bos=True, eos=True)  # raises when it has no BOS or EOS
-    identity = _identity(config, tokenizer)
-    path = Path(config.path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return None
+    wanted = {"both": ("bos", "eos"), "none": ()}.get(config.bos_eos, (config.bos_eos,))
+    missing = [role for role in wanted if getattr(tokenizer, f"{role}_id") is None]
+    if missing:
+        raise ConfigError(
+            [
+                f"BuildConfig.bos_eos={config.bos_eos!r} but the tokenizer {config.tokenizer!r} "
+                f"has {role}_token=None: name one in its tokenizer_config.json, or set "
+                f"bos_eos to one of {BOS_EOS} that it can give"
+                for role in missing
+            ]
+        )
+    if config.fim_rate:
+        from lemur_jax.data.fim import FillInTheMiddle
+
+        FillInTheMiddle(tokenizer, config.fim_tokens)
+    return tokenizer
+
+
+def _found(config: BuildConfig, about: Mapping) -> dict | None:
+    """The manifest at `config.path`; None if there is nothing, or an unfinished build."""
     where = f"BuildConfig.path={config.path!r}"
     fix = "nothing was touched; give a new directory or remove this one"
+    if not location.children(config.path):
+        if location.is_local(config.path) and location.local(config.path).is_file():
+            raise ConfigError([f"{where} is a file: {fix}"])
+        return None
+    data = location.read(config.path, manifest.MANIFEST)
+    journal = location.read(config.path, f"{manifest.JOURNAL}/build.json")
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        stored = json.loads(data or journal or b"")
+        different = [name for name in about if stored.get(name) != about[name]]
+    except (ValueError, AttributeError) as error:
         raise ConfigError([f"{where} exists and is not a data set: {fix}"]) from error
-    same = json.loads(json.dumps(identity))
-    different = [name for name, value in same.items() if manifest.get(name) != value]
+    if data is None:
+        # Parts of inputs that have changed are built again: the journal has their keys.
+        different = [name for name in different if name not in ("inputs", "rates")]
     if different:
         raise ConfigError([f"{where} was built with other {', '.join(different)}: {fix}"])
-    return manifest
+    return stored if data else None
+
+
+def _check_whole(path: str, found: Mapping) -> None:
+    problems = []
+    for source, about in found["sources"].items():
+        for split, counts in about["splits"].items():
+            try:
+                check_files(location.join(path, source, split), counts["parts"])
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(problems)
 
 
 def build(config: BuildConfig, console: Console | None = None) -> dict:
-    """Builds a data set and returns its manifest; an identical existing one is returned as it is.
+    """Builds a data set, or goes on with one, and returns its manifest.
 
-    The manifest holds the build's identity (mixture, sequence_length, tokenizer_fingerprint,
-    vocab_size, bos_id, eos_id, inputs with their SHA-256) and, for each source, its rate and for
-    each split: rows, tokens (with BOS and EOS), documents, digest of the rows and, for the
-    held-out split, unigram_entropy: nats per target under the split's own unigram distribution.
+    The manifest holds the build's identity (settings, tokenizer_fingerprint, vocab_size, bos_id,
+    eos_id, inputs with their SHA-256) and, for each source, its rate, what was left out ("counts")
+    and for each split: rows, tokens (with BOS and EOS), documents, fill (share of the rows that is
+    not padding), digest, parts and, for the held-out split, unigram_entropy: nats per target under
+    the split's own unigram distribution.
 
-    Raises ConfigError on bad input; then, and on any crash, `config.path` is as it was before.
+    Raises ConfigError on bad input and StorageError for what cannot be written. Finished parts are
+    kept then; without any, `config.path` is as it was before.
     """
     console = console or Console(stderr=True)
     started = time.monotonic()
-    if (manifest := existing(config)) is not None:
+    tokenizer = load_tokenizer(config)
+    about, planned = manifest.plan(config, tokenizer)
+    found = _found(config, about)
+    if found is not None and _is_whole(config.path, found):
         console.print(f"data set {config.path} is complete already", soft_wrap=True)
-        return manifest
-    tokenizer = Tokenizer.load(config.tokenizer)
-    identity = _identity(config, tokenizer)
-    with new_directory(config.path) as temporary:
-        sources = {}
-        with Progress(console=console, transient=True) as progress:
-            for source in config.sources:
-                splits = _build_source(config, source, tokenizer, temporary, progress)
-                sources[source.name] = {"rate": source.rate, "splits": splits}
-        tokenizer.save(temporary / "tokenizer")
-        manifest = json.loads(json.dumps(identity | {"sources": sources}))
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for name, source in manifest["sources"].items():
-        for split, counts in source["splits"].items():
-            console.print(
-                f"built {name}/{split}: {counts['documents']:,} documents, "
-                f"{counts['tokens']:,} tokens, {counts['rows']:,} rows",
-                soft_wrap=True,
-            )
-    console.print(f"data set {config.path} built in {time.monotonic() - started:.1f} s")
-    return manifest
-
-
-def _build_source(
-    config: BuildConfig, source: SourceConfig, tokenizer: Tokenizer, root: Path, progress: Progress
-) -> dict[str, dict]:
-    writers = {
-        split: RowWriter(root / source.name / split, config.sequence_length, tokenizer.vocab_size)
-        for split in SPLITS
-    }
-    counts = np.zeros(tokenizer.vocab_size, np.int64)  # of the held-out targets
-    threads = config.threads or os.cpu_count() or 1
-    task = progress.add_task(f"tokenising {source.name} (MB)", total=None)
-    for batch in _batches(documents(source, config.seed)):
-        texts = [document.text for document in batch]
-        for document, ids in zip(batch, tokenizer.encode_batch(texts, True, True, threads)):
-            writers[document.split].append(document.path, ids)
-            if document.split == "validation":
-                counts += np.bincount(ids[1:], minlength=len(counts))
-        progress.advance(task, sum(map(len, texts)) / 1e6)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    empty = [split for split, built in splits.items() if not built["documents"]]
-    if empty:
-        raise ConfigError(
-            [
-                f"SourceConfig({source.name!r}).train_files={source.train_files!r} give no "
-                f"document for split {split!r}: the corpus is empty or the split is; add "
-                "documents, or change validation_fraction, validation_files or split_key"
-                for split in empty
-            ]
+        return found
+    with _alone(config.path):
+        location.write(
+            config.path, f"{manifest.JOURNAL}/build.json", (json.dumps(about) + "\n").encode()
         )
-    splits["validation"]["unigram_entropy"] = _entropy(counts)
-    return splits
+        try:
+            entries = build_groups(config, planned, console)
+            result = finish(config, about, entries, tokenizer)
+        except BaseException:
+            _leave(config.path)
+            raise
+    report(result, console)
+    console.print(
+        f"data set {config.path} built in {time.monotonic() - started:.1f} s", soft_wrap=True
+    )
+    return result
 
 
-def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Lists of documents of about CHARACTERS_PER_BATCH: what bounds the memory of a build."""
-    batch, size = [], 0
-    for document in stream:
-        if not document.text:
-            continue  # an empty document would teach that EOS follows BOS
-        batch.append(document)
-        size += len(document.text)
-        if size >= CHARACTERS_PER_BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _is_whole(path: str, found: Mapping) -> bool:
+    try:
+        _check_whole(path, found)
+    except ConfigError:
+        return False
+    return True
 
 
-def _entropy(counts: np.ndarray) -> float:
-    """Entropy, in nats, of the distribution proportional to `counts`."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Nobody else builds here; the lock dies with its process. Object storage has none."""
+    if not location.is_local(path):
+        yield
+        return
+    folder = location.local(path) / manifest.JOURNAL
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                [f"BuildConfig.path={path!r} is being built by another process: wait for it"]
+            ) from error
+        yield
+
+
+def _leave(path: str) -> None:
+    """After an error: an unfinished build without any finished part is no use to anybody."""
+    names = location.sizes(path)
+    if not any(name.endswith(f"/{PART}") for name in names):
+        location.remove(path)

@@ -1,63 +1,34 @@
 """What training reads: batch(step), for any step, on any host, in any order.
 
 Dimension key: B batch_size, T sequence_length. A pipeline has no state: `batch(step)` is a pure
-function of the data set, the seed and the step, so resuming needs a few integers (`position`) and
-any number of hosts read parts of one and the same global batch (`rows`).
+function of the data set, the seed, the declared events (`events.py`) and the step, so resuming
+needs a few integers (`position`) and any number of hosts read parts of one and the same global
+batch (`rows`).
+
+Nothing is read ahead: the loop reads a batch while the devices compute the step before it (it waits
+for metrics one step late), so a thread that read earlier would hide nothing more.
 """
 
-import collections
-import concurrent.futures
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lemur_jax.config import ConfigError, DataConfig
+from lemur_jax.data import events
+from lemur_jax.data.batch import Batch, make_batch
 from lemur_jax.data.build import FORMAT_VERSION
-from lemur_jax.data.store import RowStore
+from lemur_jax.data.events import Exclusion
+from lemur_jax.data.position import problems_of
+from lemur_jax.data.store import Piece, Rows, RowStore
 from lemur_jax.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from lemur_jax.data.order import Order, Place
-
-
-class Batch(NamedTuple):
-    """Rows of tokens. All arrays are [B, T].
-
-    Attributes:
-      inputs: int32 token ids.
-      targets: int32, the token after each input.
-      weights: float32, 1 where input and target are real tokens of one document, else 0.
-      positions: int32, 0, 1, 2... restarting where a document (or its next part) begins in the row.
-      segment_ids: int32 of the inputs: 1, 2, 3... in each row; 0 = padding.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    positions: np.ndarray
-    segment_ids: np.ndarray
-
-
-def make_batch(tokens: np.ndarray, segments: np.ndarray) -> Batch:
-    """A Batch from stored rows: tokens and segments [B, T+1]."""
-    segment_ids = segments[:, :-1].astype(np.int32)
-    real = segment_ids != 0
-    weights = (segments[:, 1:] == segments[:, :-1]) & real
-    index = np.arange(segment_ids.shape[1], dtype=np.int32)
-    begins = np.ones(segment_ids.shape, bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start = np.maximum.accumulate(np.where(begins, index, 0), axis=1)
-    return Batch(
-        inputs=tokens[:, :-1].astype(np.int32),
-        targets=tokens[:, 1:].astype(np.int32),
-        weights=weights.astype(np.float32),
-        positions=np.where(real, index - start, 0).astype(np.int32),
-        segment_ids=segment_ids,
-    )
 
 
 def read_manifest(path: str) -> dict:
@@ -72,11 +43,11 @@ def read_manifest(path: str) -> dict:
         raise ConfigError(
             [f"DataConfig.path={path!r} holds no data set ({type(error).__name__}): {fix}"]
         ) from error
-    if version != FORMAT_VERSION or not complete:
+    if version not in (1, FORMAT_VERSION) or not complete:
         raise ConfigError(
             [
                 f"DataConfig.path={path!r} has format_version={version}, not a data set of version "
-                f"{FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
+                f"1 or {FORMAT_VERSION}: {fix}, or build it again with this version of lemur_jax"
             ]
         )
     return manifest
@@ -92,9 +63,11 @@ class Pipeline:
       tokenizer_dir: the data set's copy of its tokenizer.
       tokenizer_fingerprint: of that tokenizer.
       vocab_size: ids are below this.
+      rates: share of each source, not normalised, as built.
+      exclusions: documents that are left out, and from which step on.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, exclusions: Sequence[Exclusion] = ()):
         self.config = config
         self.manifest = read_manifest(config.path)
         root = Path(config.path)
@@ -124,11 +97,37 @@ class Pipeline:
             for source, about in self.manifest["sources"].items()
             for split, counts in about["splits"].items()
         }
-        self._rates: dict[str, float] = {n: s["rate"] for n, s in self.manifest["sources"].items()}
+        self.rates: dict[str, float] = {n: s["rate"] for n, s in self.manifest["sources"].items()}
+        events.check_weight_changes(config.weight_changes, self.rates)
         self._lazy_order = None
+        self._set_exclusions(exclusions)
+
+    def excluding(self, exclusions: Sequence[Exclusion]) -> "Pipeline":
+        """The same pipeline with other exclusions. Raises ConfigError as opening one does."""
+        other = copy.copy(self)
+        other._set_exclusions(exclusions)
+        return other
+
+    def _set_exclusions(self, exclusions: Sequence[Exclusion]) -> None:
+        problems = [
+            f"exclusion at step {exclusion.step}: source {source!r} has no document "
+            f"{max(numbers)}: the list was made for another data set than {self.config.path!r}"
+            for exclusion in exclusions
+            for source, numbers in exclusion.documents.items()
+            if source not in self.sources or max(numbers) >= self._stores[source, "train"].documents
+        ]
+        if problems:
+            raise ConfigError(problems)
+        self.exclusions = tuple(exclusions)
+        self._excluded_from: dict[str, dict[int, int]] = {}  # source -> document -> step
+        for exclusion in exclusions:
+            for source, numbers in exclusion.documents.items():
+                steps = self._excluded_from.setdefault(source, {})
+                for number in numbers:
+                    steps[number] = min(exclusion.step, steps.get(number, exclusion.step))
 
     def _open(self, root: Path, source: str, split: str, counts: Mapping) -> RowStore:
-        store = RowStore(root / source / split)
+        store = RowStore(root / source / split, counts.get("parts"))  # none in format 1
         expected = counts["rows"], self.config.sequence_length + 1
         if (store.rows, store.columns) != expected:
             raise ConfigError(
@@ -140,13 +139,20 @@ class Pipeline:
         return store
 
     @property
-    def _order(self) -> "Order":
+    def order(self) -> "Order":
+        """The order of the data set's rows, with the changes of its rates."""
         if self._lazy_order is None:
-            from lemur_jax.data.order import Order  # only training needs the order, and grain
+            from lemur_jax.data.order import Order
 
             rows = {name: self._stores[name, "train"].rows for name in self.sources}
-            self._lazy_order = Order(self.config.seed, rows, self._rates)
+            size = self.config.batch_size
+            changes = [(step * size, *rest) for step, *rest in self.config.weight_changes]
+            self._lazy_order = Order(self.config.seed, rows, self.rates, changes)
         return self._lazy_order
+
+    def store(self, source: str, split: str = "train") -> RowStore:
+        """The row store of a source's split."""
+        return self._stores[source, split]
 
     def check_tokenizer(self, fingerprint: str, where: str) -> None:
         """Raises ConfigError when a model's tokenizer (found at `where`) is not the data's."""
@@ -170,44 +176,43 @@ class Pipeline:
                 f"step={step}, rows [{start}, {stop}): must be step >= 0 and rows within "
                 f"[0, batch_size={self.config.batch_size}]"
             )
-        places = self.places(step, start, stop)
-        columns = self.config.sequence_length + 1
-        tokens = np.zeros((len(places), columns), np.int32)
-        segments = np.zeros((len(places), columns), np.int32)
+        return make_batch(*self.stored_rows(step, self.places(step, start, stop)))
+
+    def stored_rows(self, step: int, places: Sequence["Place"]) -> Rows:
+        """Rows as stored, [len(places), T+1], without the documents excluded at `step`."""
+        shape = len(places), self.config.sequence_length + 1
+        tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        loss = np.ones(shape, np.uint8)
         for source in self.sources:
             here = [i for i, place in enumerate(places) if place.source == source]
-            if here:
-                wanted = [places[i].row for i in here]
-                tokens[here], segments[here] = self._stores[source, "train"].read(wanted)
-        return make_batch(tokens, segments)
+            if not here:
+                continue
+            numbers = [places[i].row for i in here]
+            found = self._stores[source, "train"].read(numbers)
+            tokens[here], segments[here] = found.tokens, found.segments
+            if found.loss is not None:
+                loss[here] = found.loss
+            if source in self._excluded_from:
+                for i, number in zip(here, numbers):
+                    for piece in self.excluded_pieces(step, source, number):
+                        # Padding: the rest of the row keeps its tokens, segments and positions.
+                        where = slice(piece.start_in_row, piece.start_in_row + piece.length)
+                        tokens[i, where], segments[i, where], loss[i, where] = 0, 0, 0
+        return Rows(tokens, segments, loss)
+
+    def excluded_pieces(self, step: int, source: str, row: int) -> list[Piece]:
+        """What of a row is padding at `step` because its document is excluded."""
+        steps = self._excluded_from.get(source, {})
+        store = self._stores[source, "train"]
+        if not any(steps.get(number, step + 1) <= step for number in store.documents_of(row)):
+            return []
+        return [p for p in store.pieces(row) if steps.get(p.document, step + 1) <= step]
 
     def places(self, step: int, start: int = 0, stop: int | None = None) -> list["Place"]:
         """(source, row, epoch) of rows [start, stop) of the global batch of `step`; 0.1 ms each."""
         first = step * self.config.batch_size
         stop = self.config.batch_size if stop is None else stop
-        return [self._order[first + row] for row in range(start, stop)]
-
-    def prefetch(
-        self, start_step: int, start: int = 0, stop: int | None = None, depth: int = 2
-    ) -> Iterator[tuple[int, Batch]]:
-        """(step, rows [start, stop) of it) from `start_step` on, for ever, read ahead by `depth`.
-
-        One worker thread, at most `depth` finished batches; closing the generator ends it.
-        """
-        stop = self.config.batch_size if stop is None else stop
-        with concurrent.futures.ThreadPoolExecutor(1, "lemur-prefetch") as pool:
-            waiting = collections.deque()
-            step = start_step
-            try:
-                while True:
-                    while len(waiting) < depth:
-                        ahead = step + len(waiting)
-                        waiting.append(pool.submit(self.rows, ahead, start, stop))
-                    yield step, waiting.popleft().result()
-                    step += 1
-            finally:
-                for future in waiting:
-                    future.cancel()
+        return [self.order[first + row] for row in range(start, stop)]
 
     def provenance(self, step: int) -> list[tuple[str, int, list[str]]]:
         """(source, row, paths of the documents in it) of every row of the global batch."""
@@ -221,38 +226,30 @@ class Pipeline:
     def position(self, step: int) -> dict[str, int | str]:
         """What a checkpoint saves so that `batch(step)` is read again after a restart."""
         manifest = json.dumps(self.manifest, sort_keys=True)
+        used = self.order.used(step * self.config.batch_size)
         return {
             "step": step,
             "seed": self.config.seed,
             "batch_size": self.config.batch_size,
             "sequence_length": self.config.sequence_length,
-            "rates": ",".join(f"{name}={rate:g}" for name, rate in sorted(self._rates.items())),
+            "rates": ",".join(f"{name}={rate:g}" for name, rate in sorted(self.rates.items())),
             "manifest": hashlib.sha256(manifest.encode()).hexdigest(),
-            "order": self._order.digest(),
+            "order": self.order.digest(),
+            "weight_changes": events.weights_text(self.config.weight_changes),
+            "exclusions": events.exclusions_text(self.exclusions),
+            "rows_used": ",".join(f"{name}={count}" for name, count in used.items()),
         }
 
     def check_position(self, saved: Mapping[str, int | str]) -> int:
         """The step to go on with. Raises ConfigError if `saved` comes from other data or order."""
         if "step" not in saved:
             raise ConfigError([f"data position {dict(saved)} has no step: it is not a position"])
-        fixes = {
-            "seed": "set DataConfig.seed back",
-            "batch_size": "set DataConfig.batch_size back: a step is batch_size rows",
-            "sequence_length": "set DataConfig.sequence_length back",
-            "rates": "build the mixture with the old rates",
-            "manifest": "give the data set that the run began with (DataConfig.path)",
-            "order": "the order differs: restore the data set, or the version of grain",
-        }
-        now = self.position(int(saved["step"]))
-        problems = [
-            f"data position: {field}={now[field]!r} but the checkpoint has "
-            f"{saved.get(field)!r}: {fix}, or start a new run with TrainConfig.init_from"
-            for field, fix in fixes.items()
-            if saved.get(field) != now[field]
-        ]
+        step = int(saved["step"])
+        problems = problems_of(self.position(step), saved)
         if problems:
-            raise ConfigError(problems)
-        return int(saved["step"])
+            end = ", or start a new run with TrainConfig.init_from"
+            raise ConfigError([problem + end for problem in problems])
+        return step
 
     def evaluation_batches(self, source: str) -> int:
         """Number of batches of a source's held-out split, the last one perhaps padded."""
@@ -265,10 +262,9 @@ class Pipeline:
         if not 0 <= index < batches:
             raise IndexError(f"evaluation batch {index} of {source!r}: there are {batches}")
         numbers = np.arange(index * size, min((index + 1) * size, store.rows))
-        tokens = np.zeros((size, store.columns), np.int32)
-        segments = np.zeros((size, store.columns), np.int32)
-        tokens[: len(numbers)], segments[: len(numbers)] = store.read(numbers)
-        return make_batch(tokens, segments)
+        padding = ((0, size - len(numbers)), (0, 0))
+        found = [None if x is None else np.pad(x, padding) for x in store.read(numbers)]
+        return make_batch(*found)
 
     def unigram_entropy(self, source: str) -> float:
         """Nats per held-out target under its own unigram distribution: the line to get below."""

@@ -1,208 +1,318 @@
 """The row store: fixed-length token rows that are read at random.
 
 T is the sequence length; a row holds T+1 tokens, of which the first T are inputs and the last T
-are targets. One directory holds five zarr3 arrays, written and read by TensorStore:
+are targets. A store is one part, or a directory of parts `part-00000`, `part-00001`... that read
+as one sequence of rows. A part is a directory (local or in object storage) of zarr3 arrays:
 
     tokens         [rows, T+1]  uint16 (uint32 when the vocabulary needs it)
     segments       [rows, T+1]  uint16: 1, 2, 3... restarting in each row; 0 = padding
-    row_documents  [rows, 2]    int64: first and last document of each row
+    loss           [rows, T+1]  uint8: 1 = learnt as a target; only in stores for fine-tuning
+    row_documents  [rows, 3]    int64: first and last document of each row, and at which token of
+                                the first document the row begins
     path_bytes     [bytes]      uint8: the documents' paths, UTF-8, one after another
     path_ends      [documents]  int64: where each path ends in path_bytes
+    part.json                   sizes and digests; written last: a part without it is unfinished
 
-Why TensorStore and not a numpy memmap: a batch of 8 random rows of 513 tokens takes 0.36 ms
-(p99 0.81 ms) with TensorStore and 0.006 ms with a memmap (24,576 rows, page cache warm, 4-core
-CPU machine); both are far below the 2 ms allowed and below any training step, and TensorStore
-reads the same layout from object storage by byte ranges, checks shapes and types, and is there
-already (orbax). Rows are inner chunks of one row, uncompressed, so that a random read fetches the
-row and nothing else; zstd saved 12 % of the size.
+Rows are inner chunks of one row, uncompressed, each with a CRC-32C: a random read fetches the row
+and nothing else, and a damaged row is an error and not a batch. docs/data_build.md has figures.
 """
 
-import hashlib
+import bisect
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data import location
+from lemur_jax.data.rows_writer import (
+    ARRAYS,
+    PART,
+    RowsWriter,
+    digest_of,
+    hash_blocks,
+    token_dtype,
+)
 
-BYTES_PER_SHARD = 16 * 2**20  # of tokens; one file
+__all__ = ["Piece", "RowStore", "Rows", "RowsWriter", "part_name", "token_dtype"]
 
-
-def token_dtype(vocab_size: int) -> type:
-    """uint16 while every id fits, else uint32."""
-    return np.uint16 if vocab_size <= 65536 else np.uint32
-
-
-def _location(directory: Path, name: str) -> dict:
-    # The only line that says "local disk": TensorStore takes a gcs or s3 driver here as well.
-    return {"driver": "file", "path": str(directory.absolute() / name) + "/"}
-
-
-def _create(directory: Path, name: str, dtype: Any, columns: int | None, shard: int, inner: int):
-    tail = [] if columns is None else [columns]
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
-    sharding = {"chunk_shape": [inner, *tail], "codecs": [little], "index_codecs": [little]}
-    grid = {"name": "regular", "configuration": {"chunk_shape": [shard, *tail]}}
-    metadata = {
-        "shape": [0, *tail],
-        "data_type": np.dtype(dtype).name,
-        "chunk_grid": grid,
-        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
-    }
-    spec = {"driver": "zarr3", "kvstore": _location(directory, name), "metadata": metadata}
-    return ts.open(spec, create=True).result()
+_DOCUMENTS_PER_READ = 1 << 16
 
 
-def _append(array: Any, start: int, block: np.ndarray) -> Any:
-    end = start + len(block)
-    array = array.resize(exclusive_max=[end, *array.shape[1:]], expand_only=True).result()
-    array[start:end].write(block).result()
-    return array
+class Rows(NamedTuple):
+    """Rows as stored, all [n, T+1]; `loss` is None in a store without one."""
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    loss: np.ndarray | None
 
 
-class RowWriter:
-    """Packs documents into full rows and writes them, one shard at a time.
+class Piece(NamedTuple):
+    """The part of one document that a row holds.
 
-    Documents follow one another without gaps. A document that does not fit goes on in the next
-    row, which then begins with the last token of the row before, as input only: so every token
-    of a document but its first is a target exactly once. Only the last row of all can end early.
+    Attributes:
+      document: its number in the store.
+      path: what it was built from.
+      start_in_document: its token at which the piece begins, BOS being token 0.
+      start_in_row: column of the row at which the piece begins.
+      length: tokens.
     """
 
-    def __init__(self, directory: str | Path, sequence_length: int, vocab_size: int):
-        self._directory = Path(directory)
-        self._directory.mkdir(parents=True)
-        self._dtype = token_dtype(vocab_size)
-        self._columns = sequence_length + 1
-        row_bytes = self._columns * np.dtype(self._dtype).itemsize
-        shard = max(1, BYTES_PER_SHARD // row_bytes)
-        make = self._directory, sequence_length + 1
-        self._tokens = _create(make[0], "tokens", self._dtype, make[1], shard, 1)
-        self._segments = _create(make[0], "segments", np.uint16, make[1], shard, 1)
-        # 64 rows of provenance are 1 kB: one range read.
-        self._row_documents = _create(make[0], "row_documents", np.int64, 2, 64 * 1024, 64)
-        self._buffer = np.zeros((shard, self._columns), self._dtype)
-        self._buffer_segments = np.zeros((shard, self._columns), np.uint16)
-        self._buffer_documents = np.full((shard, 2), -1, np.int64)
-        self._row = self._fill = self._segment = 0  # of the buffer; tokens, segments of its row
-        self._paths: list[bytes] = []
-        self._digest = hashlib.sha256()
-        self.rows = self.tokens = self.documents = 0
-
-    def append(self, path: str, ids: Any) -> None:
-        """Adds one document: its token ids with BOS and EOS, and its path for provenance."""
-        ids = np.asarray(ids, self._dtype)
-        at = 0
-        self._segment += 1
-        while at < len(ids):
-            take = min(self._columns - self._fill, len(ids) - at)
-            window = slice(self._fill, self._fill + take)
-            self._buffer[self._row, window] = ids[at : at + take]
-            self._buffer_segments[self._row, window] = self._segment
-            if self._buffer_documents[self._row, 0] < 0:
-                self._buffer_documents[self._row, 0] = self.documents
-            self._buffer_documents[self._row, 1] = self.documents
-            at += take
-            self._fill += take
-            if self._fill == self._columns:
-                self._next_row()
-                if at < len(ids):
-                    at -= 1  # the last token again, as input of the next row's first target
-                    self._segment = 1
-        self._paths.append(path.encode("utf-8"))
-        self.documents += 1
-        self.tokens += len(ids)
-
-    def _next_row(self) -> None:
-        self._row, self._fill, self._segment = self._row + 1, 0, 0
-        if self._row == len(self._buffer):
-            self._flush()
-
-    def _flush(self) -> None:
-        tokens, segments = self._buffer[: self._row], self._buffer_segments[: self._row]
-        if self._row:
-            self._digest.update(tokens.tobytes())
-            self._digest.update(segments.tobytes())
-            self._tokens = _append(self._tokens, self.rows, tokens)
-            self._segments = _append(self._segments, self.rows, segments)
-            documents = self._buffer_documents[: self._row]
-            self._row_documents = _append(self._row_documents, self.rows, documents)
-        self.rows += self._row
-        self._buffer[:], self._buffer_segments[:], self._buffer_documents[:] = 0, 0, -1
-        self._row = 0
-
-    def close(self) -> dict[str, int | str]:
-        """Writes what is buffered. Returns rows, tokens, documents and the digest of the rows."""
-        if self._fill:
-            self._next_row()
-        self._flush()
-        data = np.frombuffer(b"".join(self._paths), np.uint8)
-        ends = np.cumsum([len(path) for path in self._paths], dtype=np.int64)
-        shard = 1 << 20
-        _append(_create(self._directory, "path_bytes", np.uint8, None, shard, 4096), 0, data)
-        _append(_create(self._directory, "path_ends", np.int64, None, shard, 512), 0, ends)
-        return {
-            "rows": self.rows,
-            "tokens": self.tokens,
-            "documents": self.documents,
-            "digest": self._digest.hexdigest(),
-        }
+    document: int
+    path: str
+    start_in_document: int
+    start_in_row: int
+    length: int
 
 
-class RowStore:
-    """A store opened for reading. `rows`, `columns` (T+1) and `documents` are its sizes."""
+def part_name(number: int) -> str:
+    """'part-00007'."""
+    return f"part-{number:05d}"
 
-    def __init__(self, directory: str | Path):
-        self._directory = Path(directory)
-        # Row reads never repeat within an epoch, so nothing is worth keeping but shard indices.
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 64 * 2**20}})
-        self._tokens = self._open("tokens")
-        self._segments = self._open("segments")
-        self._row_documents = self._open("row_documents")
-        self._path_bytes = self._open("path_bytes")
-        self._path_ends = self._open("path_ends")
-        self.rows, self.columns = self._tokens.shape
-        self.documents = self._path_ends.shape[0]
+
+class _Part:
+    """One part, its arrays opened when they are first asked for."""
+
+    def __init__(self, directory: str, about: Mapping | None):
+        self.directory, self._arrays = directory, {}
+        if about is None:  # format 1 has no part.json
+            self.rows, self.columns = self.array("tokens").shape
+            self.documents = self.array("path_ends").shape[0]
+            self.has_loss = False
+        else:
+            self.rows, self.columns = about["rows"], about["columns"]
+            self.documents, self.has_loss = about["documents"], about["loss"]
+
+    def array(self, name: str) -> Any:
+        if name not in self._arrays:
+            self._arrays[name] = self._open(name)
+        return self._arrays[name]
 
     def _open(self, name: str) -> Any:
-        spec = {"driver": "zarr3", "kvstore": _location(self._directory, name)}
+        kvstore = location.kvstore(location.join(self.directory, name))
+        spec = {"driver": "zarr3", "kvstore": kvstore}
         spec |= {"recheck_cached_metadata": "open", "recheck_cached_data": "open"}
         try:
-            return ts.open(spec, read=True, open=True, context=self._context).result()
+            return ts.open(spec, read=True, open=True, context=location.CONTEXT).result()
         except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
             raise ConfigError(
                 [
-                    f"row store {str(self._directory)!r}: array {name!r} cannot be opened "
-                    f"({str(error).splitlines()[0]}): build the data set again"
+                    f"row store {self.directory!r}: array {name!r} cannot be opened ({reason}): "
+                    "`lemur data verify` says what else is damaged; build the data set again"
                 ]
             ) from error
 
-    def read(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and segments [len(rows), T+1] of the row numbers `rows`, in their order."""
+    def get(self, name: str, where: Any) -> np.ndarray:
+        return self.wait(name, self.array(name)[where].read())
+
+    def wait(self, name: str, future: Any) -> np.ndarray:
+        try:
+            return np.asarray(future.result())
+        except (ValueError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise location.StorageError(
+                f"row store {self.directory!r}: array {name!r} cannot be read ({reason}): a file "
+                "is missing or damaged; run `lemur data verify`, restore it or build again"
+            ) from error
+
+
+class RowStore:
+    """A store opened for reading; nothing but sizes is read before a row is asked for.
+
+    Args:
+      directory: of one part, or of parts.
+      parts: what the manifest says about the parts (their part.json and "name"); without it the
+        directory is listed and every part.json read.
+
+    Raises ConfigError naming each part that is missing, unfinished, or has files of another size.
+
+    Attributes:
+      rows, columns (T+1), documents: sizes over all parts.
+      has_loss: whether rows have a loss mask.
+    """
+
+    def __init__(self, directory: str | Path, parts: Sequence[Mapping] | None = None):
+        self._directory = str(directory)
+        if parts is None:
+            parts = _listed(self._directory)
+        check_files(self._directory, parts)
+        self._parts = [
+            _Part(location.join(self._directory, about["name"]), about) for about in parts
+        ] or [_Part(self._directory, None)]
+        if len({(part.columns, part.has_loss) for part in self._parts}) != 1:
+            shapes = {Path(p.directory).name: (p.columns, p.has_loss) for p in self._parts}
+            raise ConfigError(
+                [
+                    f"row store {self._directory!r} has parts of different (columns, loss): "
+                    f"{shapes}; build the data set again"
+                ]
+            )
+        self.columns: int = self._parts[0].columns
+        self.has_loss: bool = self._parts[0].has_loss
+        self._first_rows = [0, *itertools.accumulate(part.rows for part in self._parts)]
+        counts = (part.documents for part in self._parts)
+        self._first_documents = [0, *itertools.accumulate(counts)]
+        self.rows: int = self._first_rows[-1]
+        self.documents: int = self._first_documents[-1]
+
+    def read(self, rows: Any) -> Rows:
+        """The rows numbered `rows`, in their order. Raises StorageError for a damaged row."""
         rows = np.asarray(rows, np.int64)
         if rows.size and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()}..{rows.max()} are outside of [0, {self.rows})")
-        # Both reads are started before either is waited for.
-        tokens, segments = self._tokens.oindex[rows].read(), self._segments.oindex[rows].read()
-        return np.asarray(tokens.result()), np.asarray(segments.result())
+        if len(self._parts) == 1:
+            return Rows(*self._start(self._parts[0], rows)())
+        part_of = np.searchsorted(self._first_rows, rows, side="right") - 1
+        places = {int(n): np.flatnonzero(part_of == n) for n in np.unique(part_of)}
+        # Reads of every part are started before any is waited for.
+        started = {
+            n: self._start(self._parts[n], rows[where] - self._first_rows[n])
+            for n, where in places.items()
+        }
+        shape = len(rows), self.columns
+        tokens = np.empty(shape, self._parts[0].array("tokens").dtype.numpy_dtype)
+        segments = np.empty(shape, np.uint16)
+        loss = np.empty(shape, np.uint8) if self.has_loss else None
+        for n, finish in started.items():
+            part = Rows(*finish())
+            tokens[places[n]], segments[places[n]] = part.tokens, part.segments
+            if loss is not None:
+                loss[places[n]] = part.loss
+        return Rows(tokens, segments, loss)
+
+    def _start(self, part: _Part, rows: np.ndarray) -> Any:
+        names = ("tokens", "segments", "loss") if self.has_loss else ("tokens", "segments")
+        reads = [(name, part.array(name).oindex[rows].read()) for name in names]
+
+        def finish() -> list[np.ndarray | None]:
+            arrays = [part.wait(name, future) for name, future in reads]
+            return arrays if self.has_loss else [*arrays, None]
+
+        return finish
+
+    def _part_of(self, number: int, firsts: list[int], what: str) -> tuple[_Part, int, int]:
+        """The part that row or document `number` is in, its number there, the part's number."""
+        if not 0 <= number < firsts[-1]:
+            raise IndexError(f"{what} {number} is outside of [0, {firsts[-1]})")
+        n = bisect.bisect_right(firsts, number) - 1
+        return self._parts[n], number - firsts[n], n
 
     def documents_of(self, row: int) -> range:
         """Numbers of the documents of which row `row` holds a part."""
-        first, last = np.asarray(self._row_documents[int(row)].read().result())
+        part, inside, n = self._part_of(int(row), self._first_rows, "row")
+        first, last = part.get("row_documents", inside)[:2] + self._first_documents[n]
         return range(int(first), int(last) + 1)
 
     def path(self, document: int) -> str:
         """The path that document number `document` was built from."""
-        ends = np.asarray(self._path_ends[max(document - 1, 0) : document + 1].read().result())
-        start, end = (int(ends[0]) if document else 0), int(ends[-1])
-        return bytes(np.asarray(self._path_bytes[start:end].read().result())).decode("utf-8")
+        part, inside, _ = self._part_of(int(document), self._first_documents, "document")
+        ends = part.get("path_ends", slice(max(inside - 1, 0), inside + 1))
+        start, end = (int(ends[0]) if inside else 0), int(ends[-1])
+        return bytes(part.get("path_bytes", slice(start, end))).decode("utf-8")
+
+    def paths(self) -> Iterator[tuple[int, str]]:
+        """(number, path) of every document, in order; read in blocks."""
+        for part, first in zip(self._parts, self._first_documents):
+            start = 0
+            for low in range(0, part.documents, _DOCUMENTS_PER_READ):
+                window = slice(low, min(low + _DOCUMENTS_PER_READ, part.documents))
+                ends = part.get("path_ends", window).tolist()
+                data = bytes(part.get("path_bytes", slice(start, ends[-1])))
+                begins = [start, *ends[:-1]]
+                for number, (begin, end) in enumerate(zip(begins, ends), first + low):
+                    yield number, data[begin - start : end - start].decode("utf-8")
+                start = ends[-1]
+
+    def pieces(self, row: int) -> list[Piece]:
+        """What row `row` holds, in its order: which tokens of which document are where.
+
+        A piece that continues a document repeats, as input only, the last token of the row before.
+        Where a row's segments do not tell its documents apart, each is given the whole row.
+        """
+        part, inside, n = self._part_of(int(row), self._first_rows, "row")
+        first, last, *offset = part.get("row_documents", inside).tolist()
+        segments = part.get("segments", inside)
+        numbers = range(first + self._first_documents[n], last + self._first_documents[n] + 1)
+        begins = np.searchsorted(segments[segments != 0], np.arange(1, len(numbers) + 2))
+        if int(segments.max()) != len(numbers):
+            return [Piece(d, self.path(d), 0, 0, int((segments != 0).sum())) for d in numbers]
+        starts = [offset[0] if offset else self._walked_back(int(row)), *[0] * len(numbers)]
+        return [
+            Piece(d, self.path(d), start, int(begin), int(end - begin))
+            for d, start, begin, end in zip(numbers, starts, begins, begins[1:])
+        ]
+
+    def _walked_back(self, row: int) -> int:
+        """Format 1 does not say where a row begins in its first document: count the rows before."""
+        document, at = self.documents_of(row)[0], 0
+        while row > 0 and self.documents_of(row - 1)[-1] == document:
+            row -= 1
+            segments = self._parts[0].get("segments", row)
+            at += int((segments == segments.max()).sum()) - 1  # the last token comes again
+        return at
 
     def digest(self) -> str:
-        """SHA-256 of every row, as the writer computed it: reads the whole store."""
-        digest, dtype = hashlib.sha256(), self._tokens.dtype.numpy_dtype
-        shard = max(1, BYTES_PER_SHARD // (self.columns * np.dtype(dtype).itemsize))
-        for start in range(0, self.rows, shard):
-            window = slice(start, min(start + shard, self.rows))
-            digest.update(np.asarray(self._tokens[window].read().result()).tobytes())
-            digest.update(np.asarray(self._segments[window].read().result()).tobytes())
-        return digest.hexdigest()
+        """SHA-256 of all that the parts hold, read again: what part.json and manifest say."""
+        return digest_of([part_digests(part.directory) for part in self._parts])
+
+
+def _listed(directory: str) -> list[dict]:
+    """part.json of every part in `directory`, with its name; [] for a store of format 1."""
+    if (data := location.read(directory, PART)) is not None:
+        return [json.loads(data) | {"name": ""}]
+    found = []
+    for name in location.children(directory):
+        if name.startswith("part-"):
+            data = location.read(location.join(directory, name), PART)
+            found.append((json.loads(data) if data else {"missing": PART}) | {"name": name})
+    return found
+
+
+def check_files(directory: str, parts: Sequence[Mapping]) -> None:
+    """Raises ConfigError naming every part that lacks a file or has one of another size.
+
+    Digests are not computed: that is `lemur data verify`.
+    """
+    present = location.sizes(directory) if parts else {}
+    problems = []
+    for part in parts:
+        where = location.join(directory, part["name"]) if part["name"] else directory
+        if "missing" in part:
+            wrong = f"has no {PART}: it is unfinished"
+        else:
+            prefix = f"{part['name']}/" if part["name"] else ""
+            expected = {PART: None, **part["files"]}
+            missing = [name for name in expected if prefix + name not in present]
+            sizes = {name: (size, present.get(prefix + name)) for name, size in expected.items()}
+            changed = [n for n, pair in sizes.items() if None not in pair and pair[0] != pair[1]]
+            if len(missing) == len(expected):
+                wrong = "is missing"
+            elif missing:
+                wrong = f"is damaged: {missing[0]} is missing"
+            elif changed:
+                was, now = sizes[changed[0]]
+                wrong = f"is damaged: {changed[0]} has {now} bytes, not {was}"
+            else:
+                continue
+        problems.append(
+            f"row store: part {where!r} {wrong}; restore it, or remove it and run "
+            "`lemur data build` again, which builds that part alone"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def part_digests(directory: str) -> dict[str, str]:
+    """SHA-256 of each array of a part, from what is stored now. Raises StorageError if damaged."""
+    part = _Part(directory, json.loads(location.read(directory, PART) or b"null"))
+    return {
+        name: hash_blocks(part.array(name), functools.partial(part.wait, name))
+        for name in ARRAYS
+        if name != "loss" or part.has_loss
+    }

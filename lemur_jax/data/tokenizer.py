@@ -13,20 +13,21 @@ import codecs
 import functools
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data.words import SPACE, WordEncoder, is_separable
 
 MODEL = "tokenizer.model"
 JSON = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
-FILES = (MODEL, JSON, CONFIG, SPECIAL, "added_tokens.json", "chat_template.jinja")
-SPACE = "▁"
+CHAT = ("chat_template.jinja", "chat_format.json")
+FILES = (MODEL, JSON, CONFIG, SPECIAL, "added_tokens.json", *CHAT)
 
 
 class Tokenizer:
@@ -113,6 +114,18 @@ class Tokenizer:
         batch = self._engine.encode_batch(texts, threads)
         return [before + ids + after for ids in batch] if bos or eos else batch
 
+    def encode_arrays(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False, threads: int = 1
+    ) -> list[np.ndarray]:
+        """As `encode_batch`, in arrays [n] int32: what a build packs; `words.py` where it can."""
+        before = [self._required("bos")] if bos else []
+        after = [self._required("eos")] if eos else []
+        if (words := self._engine.words) is not None:
+            found = [words.encode(text) for text in texts]
+        else:
+            found = self._engine.encode_batch(texts, threads)
+        return [np.concatenate([before, ids, after]).astype(np.int32) for ids in found]
+
     def _required(self, role: str) -> int:
         index = getattr(self, f"{role}_id")
         if index is None:
@@ -154,13 +167,22 @@ class Tokenizer:
             table[index] = b""
         return table
 
+    @property
+    def adds_first_space(self) -> bool:
+        """Whether a space is written in front of every text (SentencePiece's dummy prefix)."""
+        return self._engine.drops_first_space
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the tokenizer's files: another directory with them is the same one."""
+        paths = [self.directory / name for name in FILES]
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
     def save(self, directory: str | Path) -> None:
         """Copies the tokenizer's files; the copy has the same fingerprint."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            if (self.directory / name).is_file():
-                shutil.copyfile(self.directory / name, directory / name)
+        for name, data in self.files().items():
+            (directory / name).write_bytes(data)
 
 
 class TextStream:
@@ -216,6 +238,11 @@ class _SentencePieceEngine:
         probe = processor.encode("a", out_type=str)
         self.drops_first_space = bool(probe) and probe[0].startswith(SPACE)
 
+    @functools.cached_property
+    def words(self) -> WordEncoder | None:
+        data = self._processor.serialized_model_proto()
+        return WordEncoder(data) if is_separable(data) else None
+
     def encode_batch(self, texts: Sequence[str], threads: int) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=threads)
 
@@ -242,6 +269,8 @@ class _SentencePieceEngine:
 
 class _JsonEngine:
     """`tokenizer.json` through the `tokenizers` library, with its parsing of specials removed."""
+
+    words = None  # another algorithm
 
     def __init__(self, path: Path):
         import tokenizers  # not needed by SentencePiece tokenizers

@@ -21,6 +21,8 @@ from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
 from lemur_jax.train import ahead, programs, saved
 from lemur_jax.train import metrics as run_metrics
+from lemur_jax.train.data_record import NO_STEP_YET, DataRecord
+from lemur_jax.train.epochs import with_steps
 from lemur_jax.train.optimizer import optimizer
 from lemur_jax.train.progress import StepProgress, StopRequest
 from lemur_jax.train.step import Metrics
@@ -67,6 +69,9 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     console = Console(quiet=not primary)
     report = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     run_dir = Path(config.run_dir)
+    if config.epochs is not None:
+        asked, config = config.epochs, with_steps(config)
+        report(f"epochs: {asked}, which is {config.steps} steps of {config.data.batch_size} rows")
 
     # ----- mesh ------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -82,7 +87,10 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     report(f"loss: {config.loss.implementation}")
 
     # ----- data ------------------------------------------------------------------------------
-    pipeline = Pipeline(config.data)
+    record = DataRecord(run_dir, config.data)
+    for problem in record.problems:
+        report(f"WARNING: data ledger: {problem}; see `lemur data audit {run_dir}`")
+    pipeline = Pipeline(config.data, record.exclusions(NO_STEP_YET))
     _check_vocabulary(config, pipeline)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     epochs.report_run(pipeline.manifest, config.steps * tokens_per_step, report)
@@ -92,6 +100,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     begun = saved.starting_state(config, transform, mesh, pipeline, report)
     state = begun.state
     first_step = int(state.step)
+    pipeline = pipeline.excluding(record.exclusions(first_step))
     if first_step >= config.steps:
         report(f"nothing to do: step {first_step} of TrainConfig.steps={config.steps} is done")
     if primary:
@@ -113,11 +122,14 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
             about=saved.about(config, pipeline, begun, step),
             files=small_files,
         )
+        record.saved(step)
 
     # ----- step ------------------------------------------------------------------------------
     if first_step < config.steps:
         step_fn = _program("train", config, mesh, compiled, report)
         eval_fn = _program("evaluate", config, mesh, compiled, report)
+        part = sharding.local_row_range(rows, mesh)
+        record.start(first_step, pipeline, part, rows, config.micro_batches)
     peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
     report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
     progress = StepProgress(
@@ -143,7 +155,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
         if first_step:
             log.write(first_step, {"resumed": 1.0})
         while step < config.steps and not stop.before(step):
-            batch = device_batch(pipeline, step, config.micro_batches, rows, mesh)
+            batch = device_batch(pipeline, step, config.micro_batches, rows, mesh, record)
             state, metrics = step_fn(state, batch)
             read_metrics()
             step += 1
@@ -156,7 +168,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
                 read_metrics()
                 unread = None
                 with progress.paused():
-                    held_out = evaluate(eval_fn, state.model, pipeline, config, mesh)
+                    held_out = evaluate(eval_fn, state.adapted, pipeline, config, mesh)
                 log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
                 report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
 
@@ -193,13 +205,20 @@ def _program(
     return programs.compiled(program, mesh, programs.options(config))
 
 
-def device_batch(pipeline: Pipeline, step: int, micro_batches: int, rows: int, mesh: Mesh) -> Batch:
+def device_batch(
+    pipeline: Pipeline,
+    step: int,
+    micro_batches: int,
+    rows: int,
+    mesh: Mesh,
+    record: DataRecord,
+) -> Batch:
     """The global batch of a step on the mesh, [M,R,T]; each process reads only its own rows."""
     start, stop = sharding.local_row_range(rows, mesh)
-    parts = [
-        pipeline.rows(step, micro * rows + start, micro * rows + stop)
-        for micro in range(micro_batches)
-    ]
+    parts = []
+    for micro in range(micro_batches):
+        parts.append(pipeline.rows(step, micro * rows + start, micro * rows + stop))
+        record.add(step, micro * rows + start, parts[-1])
     return Batch(*(sharding.place(np.stack(field), start, rows, mesh) for field in zip(*parts)))
 
 

@@ -11,10 +11,11 @@ import pytest
 from test_rows import reconstruct
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import build as build_module
 from lemur_jax.data.build import BuildConfig, build
 from lemur_jax.data.files import texts as texts_of_files
 from lemur_jax.data.inspect import inspect
+from lemur_jax.data.location import StorageError
+from lemur_jax.data.pack import StreamPacker
 from lemur_jax.data.sources import SourceConfig, documents, training_texts
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
@@ -96,15 +97,15 @@ def test_identical_build_is_a_no_op_and_another_is_refused(tmp_path, tokenizer, 
     assert (tmp_path / "data" / "thesis.txt").exists()
 
 
-def test_a_crash_leaves_nothing(tmp_path, tokenizer, texts, quiet, monkeypatch):
-    """Red if rows are written under `config.path` before the build is complete."""
+def test_an_error_at_the_start_leaves_nothing(tmp_path, tokenizer, texts, quiet, monkeypatch):
+    """Red if `_leave` is dropped from `build`: half a part stays behind."""
     before = sorted(tmp_path.iterdir())
 
-    def crash(counts):
-        raise OSError("disk is full")
+    def crash(*_):
+        raise StorageError("disk is full")
 
-    monkeypatch.setattr(build_module, "_entropy", crash)
-    with pytest.raises(OSError, match="disk is full"):
+    monkeypatch.setattr(StreamPacker, "close", crash)
+    with pytest.raises(StorageError, match="disk is full"):
         build(config_of(tmp_path, tokenizer, source(texts)), quiet)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -230,7 +231,7 @@ def test_bad_source_settings(fields, words):
     [
         ({"sequence_length": 1}, ["sequence_length=1", "[2, 65534]"]),
         ({"path": ""}, ["path=''", "give a directory"]),
-        ({"threads": -1}, ["threads=-1", ">= 0"]),
+        ({"workers": -1}, ["workers=-1", ">= 0"]),
     ],
 )
 def test_bad_build_settings(tmp_path, tokenizer, fields, words):

@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import store as store_module
+from lemur_jax.data import rows_writer
+from lemur_jax.data.pack import StreamPacker
 from lemur_jax.data.pipeline import make_batch
-from lemur_jax.data.store import RowStore, RowWriter, token_dtype
+from lemur_jax.data.store import RowStore, RowsWriter, token_dtype
 
 T = 16
 
 
 def write(directory, documents, sequence_length=T, vocab_size=1000):
-    writer = RowWriter(directory, sequence_length, vocab_size)
+    writer = StreamPacker(RowsWriter(directory, sequence_length, vocab_size))
     for number, ids in enumerate(documents):
         writer.append(f"dir/é{number}.py", ids)
     return writer.close(), RowStore(directory)
@@ -26,7 +27,7 @@ def write(directory, documents, sequence_length=T, vocab_size=1000):
 
 def reconstruct(store):
     """Documents of a store from its rows alone: segments joined over the overlapping token."""
-    tokens, segments = store.read(np.arange(store.rows))
+    tokens, segments, _ = store.read(np.arange(store.rows))
     found = {}
     for row in range(store.rows):
         numbers = store.documents_of(row)
@@ -51,10 +52,10 @@ def test_documents_come_back_exactly(lengths, shard):
     """Red if `at -= 1` in `RowWriter.append` is dropped, or the last row is not written."""
     documents = documents_of(lengths)
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store_module, "BYTES_PER_SHARD", shard * (T + 1) * 2)  # rows in a shard
+        patch.setattr(rows_writer, "BYTES_PER_SHARD", shard * (T + 1) * 2)  # rows in a shard
         counts, store = write(Path(directory) / "s", documents)
         assert reconstruct(store) == documents
-        tokens, segments = store.read(np.arange(store.rows))
+        tokens, segments, _ = store.read(np.arange(store.rows))
         batch = make_batch(tokens, segments)
         # Every token of a document but its first is a weighted target, exactly once.
         targets = batch.targets[batch.weights == 1].tolist()
@@ -71,7 +72,7 @@ def test_documents_come_back_exactly(lengths, shard):
 def test_long_document_goes_on_in_the_next_rows(tmp_path):
     """Red if a document is cut at the row's end: the trap of SeqIO's packing."""
     _, store = write(tmp_path / "s", [[7] * 3, list(range(100, 150)), [8] * 4])
-    tokens, segments = store.read([0, 1, 2, 3])
+    tokens, segments, _ = store.read([0, 1, 2, 3])
     assert tokens[0].tolist() == [7] * 3 + list(range(100, 114))
     assert tokens[1].tolist() == list(range(113, 130))  # begins with the last token of row 0
     assert segments[1].tolist() == [1] * (T + 1)
@@ -83,14 +84,14 @@ def test_long_document_goes_on_in_the_next_rows(tmp_path):
 def test_a_document_that_ends_with_the_row_is_not_continued(tmp_path):
     """Red if the overlap is written whenever a row is full."""
     _, store = write(tmp_path / "s", [list(range(1, T + 2)), [5, 6]])
-    tokens, segments = store.read([1])
+    tokens, segments, _ = store.read([1])
     assert tokens[0].tolist() == [5, 6] + [0] * (T - 1) and segments[0].max() == 1
 
 
 def test_rows_of_a_batch(tmp_path):
     """Red if positions do not restart, or weights cross a document's border or count padding."""
     _, store = write(tmp_path / "s", [[1, 5, 2], [1, 6, 7, 2]], sequence_length=9)
-    batch = make_batch(*store.read([0]))
+    batch = make_batch(*store.read([0])[:2])
     assert batch.inputs[0].tolist() == [1, 5, 2, 1, 6, 7, 2, 0, 0]
     assert batch.targets[0].tolist() == [5, 2, 1, 6, 7, 2, 0, 0, 0]
     assert batch.weights[0].tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 0]
@@ -119,7 +120,9 @@ def test_missing_array_is_named(tmp_path):
     """Red if TensorStore's error gets through without the array's name and a fix."""
     write(tmp_path / "s", [[1, 2, 3]])
     (tmp_path / "s" / "segments" / "zarr.json").unlink()
-    with pytest.raises(ConfigError, match=r"row store .*'segments' cannot be opened.*build"):
+    with pytest.raises(
+        ConfigError, match=r"row store: part .*segments/zarr.json is missing.*build"
+    ):
         RowStore(tmp_path / "s")
 
 

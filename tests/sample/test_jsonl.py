@@ -1,5 +1,6 @@
 """A file of requests: order, bad lines, resuming."""
 
+import dataclasses
 import json
 
 import pytest
@@ -114,3 +115,21 @@ def test_windows_keep_the_order(sampler, tmp_path, monkeypatch):
     )
     assert [json.loads(line)["line"] for line in out.read_text().splitlines()] == [*range(1, 11)]
     assert seen == [(8, 10), (10, 10)]
+
+
+def test_requests_can_be_prepared(sampler, tmp_path):
+    """Red if `prepare` is not called, its result is dropped, or its problems lose their lines."""
+
+    def prepare(request):
+        if request.prompt == "bad":
+            raise ConfigError(["no message"])
+        return dataclasses.replace(request, prompt=(1, 5, 6))
+
+    lines = [json.dumps({"prompt": prompt}) for prompt in ("x", "y y y")]
+    source, out = _write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    batch.sample_file(sampler, source, out, {"max_new_tokens": 18}, prepare=prepare)
+    answers = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [a["completions"][0]["prompt_tokens"] for a in answers] == [3, 3]
+    source = _write(tmp_path / "bad.jsonl", [*lines, "", '{"prompt": "bad"}'])
+    with pytest.raises(ConfigError, match="line 4: no message"):
+        batch.sample_file(sampler, source, tmp_path / "o.jsonl", prepare=prepare)
