@@ -83,8 +83,10 @@ def manifest(max_epochs):
     counts = {"a": 100, "b": 50}
     return {
         "sequence_length": 10,
-        "sources": {n: {"rate": 1.0, "splits": {"train": {"rows": r}}} for n, r in counts.items()},
-        "inputs": {name: {"max_epochs": max_epochs} for name in counts},
+        "sources": {
+            name: {"rate": 1.0, "max_epochs": max_epochs, "splits": {"train": {"rows": rows}}}
+            for name, rows in counts.items()
+        },
     }
 
 
