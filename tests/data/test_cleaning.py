@@ -318,6 +318,34 @@ def test_bad_records_of_a_run(tmp_path, quiet, capsys):
         clean(config_of(tmp_path, (counting,), steps=steps, path=str(tmp_path / "two")), quiet)
 
 
+def test_the_command(tmp_path, two_sources, capsys):
+    """Red if a step is not known to gin, or the shipped file binds a field that does not exist."""
+    pytest.importorskip("datasketch")
+    from lemur_jax import cli
+
+    words = " ".join(f"item{n}" for n in range(20))
+    write(tmp_path / "e.jsonl", [{"q": words}])
+    leaked = [{"text": f"{words} {'z' * 60}", "path": "leak.py", "split": "train"}]
+    files = [*two_sources[0].train_files, write(tmp_path / "2.jsonl", leaked)]
+    given = {
+        "FILES": f"({', '.join(map(repr, files))})",
+        "EVALUATION": f"('{tmp_path}/e.jsonl',)",
+        "CLEANED": f"'{tmp_path}/out'",
+        "CleanConfig.workers": "1",
+        "NearDuplicates.permutations": "64",
+        "LineFilter.max_mean_line": "1000",
+    }
+    bindings = [f"--gin.{name}={value}" for name, value in given.items()]
+    assert cli.main(["data", "clean", "--gin_file=data/clean_code.gin", *bindings]) == 0
+    assert "cleaned" in capsys.readouterr().err
+    found = result_of(tmp_path / "out")
+    assert [path for path, *_ in found["code"]] == ["a.py", "d.py", "f.py"]
+    (line,) = (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["document"] == "code/leak.py" and told["item"] == "e.jsonl:1"
+    assert told["ngram"] == " ".join(f"item{n}" for n in range(13))
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     """Red if signatures, keys or texts are gathered in memory: the peak of a run over 240 MB of
