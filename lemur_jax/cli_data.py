@@ -105,9 +105,8 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     manifest = build.build(config)
     name, tokens = epochs.longest_run(manifest)
-    print(
-        f"a run of {tokens:,.0f} tokens reads {name} SourceConfig.max_epochs times, the others less"
-    )
+    print(f"a run of {tokens:,.0f} tokens reads {name} SourceConfig.max_epochs times:")
+    epochs.show(epochs.of_data_set(manifest, tokens))
     return 0
 
 

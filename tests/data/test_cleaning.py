@@ -311,6 +311,39 @@ def test_bad_records_of_a_run(tmp_path, quiet, capsys):
     report = clean(config_of(tmp_path, (counting,), steps=steps), quiet)
     assert report["sources"]["code"]["records_bad"] == 1
     assert "1 bad records" in capsys.readouterr().err
+    (tmp_path / "y.jsonl").write_text("not json either")
+    both = {"train_files": str(tmp_path / "*.jsonl"), "max_bad_records": 1}  # of all shards
+    counting = SourceConfig(**fields | {"bad_records": "count"} | both)
+    with pytest.raises(ConfigError, match=r"2 bad records, SourceConfig.max_bad_records=1"):
+        clean(config_of(tmp_path, (counting,), steps=steps, path=str(tmp_path / "two")), quiet)
+
+
+def test_the_command(tmp_path, two_sources, capsys):
+    """Red if a step is not known to gin, or the shipped file binds a field that does not exist."""
+    pytest.importorskip("datasketch")
+    from lemur_jax import cli
+
+    words = " ".join(f"item{n}" for n in range(20))
+    write(tmp_path / "e.jsonl", [{"q": words}])
+    leaked = [{"text": f"{words} {'z' * 60}", "path": "leak.py", "split": "train"}]
+    files = [*two_sources[0].train_files, write(tmp_path / "2.jsonl", leaked)]
+    given = {
+        "FILES": f"({', '.join(map(repr, files))})",
+        "EVALUATION": f"('{tmp_path}/e.jsonl',)",
+        "CLEANED": f"'{tmp_path}/out'",
+        "CleanConfig.workers": "1",
+        "NearDuplicates.permutations": "64",
+        "LineFilter.max_mean_line": "1000",
+    }
+    bindings = [f"--gin.{name}={value}" for name, value in given.items()]
+    assert cli.main(["data", "clean", "--gin_file=data/clean_code.gin", *bindings]) == 0
+    assert "cleaned" in capsys.readouterr().err
+    found = result_of(tmp_path / "out")
+    assert [path for path, *_ in found["code"]] == ["a.py", "d.py", "f.py"]
+    (line,) = (tmp_path / "out" / "contaminated.jsonl").read_text().splitlines()
+    told = json.loads(line)
+    assert told["document"] == "code/leak.py" and told["item"] == "e.jsonl:1"
+    assert told["ngram"] == " ".join(f"item{n}" for n in range(13))
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_limits(text, least, most):
     elif mean > least:
         expected = "lines are too long"
     assert outcome(LineFilter(max_line=most, max_mean_line=least), text) == expected
+    assert outcome(AlphanumericFilter(min_fraction=0.7), "a1 2") == "a1 2"
     good = sum(c.isalnum() for c in text) >= 0.5 * len(text)
     assert outcome(AlphanumericFilter(min_fraction=0.5), text) == (text if good else "few letters")
 
@@ -167,6 +168,7 @@ def test_entropy():
         ("at 93.184.216.34:80", "at <IP_ADDRESS>:80"),
         ("127.0.0.1 10.1.2.3 192.168.0.1 0.0.0.0", "127.0.0.1 10.1.2.3 192.168.0.1 0.0.0.0"),
         ("version 1.2.3.4 and 300.1.1.1", "version 1.2.3.4 and 300.1.1.1"),
+        ("v93.184.216.34 1.93.184.216.34 a.93.1.1.1", "v93.184.216.34 1.93.184.216.34 a.93.1.1.1"),
         ("2001:4860:4860::8888 is public", "<IP_ADDRESS> is public"),
         ("::1, a::b, x[1::2], y[2000::3]", "::1, a::b, x[1::2], y[2000::3]"),
         ("12:30:45:00", "12:30:45:00"),

@@ -173,9 +173,8 @@ def test_problems_of_all_sources_are_told():
     with pytest.raises(ConfigError) as error:
         load("/nowhere", **bad)
     told = str(error.value)
-    assert (
-        "SourceConfig('python').rate=-1" in told and "SourceConfig('arxiv').where='a ? b'" in told
-    )
+    assert "SourceConfig('python').rate=-1" in told
+    assert "SourceConfig('arxiv').where='a ? b'" in told
     assert "In call to configurable" not in told
 
 
