@@ -86,11 +86,7 @@ def of_data_set(manifest: Mapping[str, Any], run_tokens: float) -> tuple[SourceE
     """`account` of a built data set. Its tokens are those of its rows, as training counts them:
     rows x sequence length, padding included on both sides."""
     length, sources = manifest["sequence_length"], manifest["sources"]
-    asked = {
-        name: inputs["max_epochs"]
-        for name, inputs in manifest.get("inputs", {}).items()
-        if isinstance(inputs, Mapping) and "max_epochs" in inputs
-    }
+    asked = manifest.get("max_epochs", {})  # none in data sets of format 1
     tokens = {name: source["splits"]["train"]["rows"] * length for name, source in sources.items()}
     rates = {name: source["rate"] for name, source in sources.items()}
     return account(tokens, rates, run_tokens, asked)

@@ -28,8 +28,9 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal"
 WHOLE_BYTES = 64 * 2**20  # larger files are fingerprinted by WINDOWS of WINDOW_BYTES
 WINDOWS, WINDOW_BYTES = 16, 2**20
-# Who counts what: these decide no row, so changing them does not make another data set.
-_NOT_CONTENT = ("name", "rate", "train_files", "validation_files")
+# Of a SourceConfig: these decide no row.
+_NOT_CONTENT = {"name", "rate", "max_epochs", "max_bad_records", "root"}
+_NOT_CONTENT |= {"train_files", "validation_files"}  # names of this machine; shards have their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def groups(
 def plan(
     config: "BuildConfig", tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, list[Group]]]:
-    """(identity with "inputs" and "rates", groups of each source) of a build."""
+    """(identity with "inputs", "rates", "max_epochs"; groups of each source) of a build."""
     about = identity(config, tokenizer)
     made, of_sources = {}, {}
     for source in config.sources:
@@ -133,7 +134,9 @@ def plan(
         of_sources[source.name] = inputs(source, found)
         made[source.name] = groups(source, found, of_sources[source.name], about)
     rates = {source.name: float(source.rate) for source in config.sources}
-    return json.loads(json.dumps(about | {"rates": rates, "inputs": of_sources})), made
+    most = {source.name: float(source.max_epochs) for source in config.sources}
+    about |= {"rates": rates, "max_epochs": most, "inputs": of_sources}
+    return json.loads(json.dumps(about)), made
 
 
 def split_of(parts: Sequence[Mapping]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Parts: the same data set from any number of workers, through kills, repairs and changes."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -161,7 +162,8 @@ def test_a_removed_or_damaged_part_is_built_again(whole, shards, tmp_path, token
     shutil.rmtree(root / "code" / "train" / "part-00003")
     (root / "code" / "train" / "part-00005" / "tokens" / "c" / "0" / "0").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"part-00003' is missing(.|\n)*part-00005' is damaged"):
-        existing(config)
+        manifest.open_store(str(root), whole[1], "code", "train")
+    assert existing(config) is None
     console = Console(record=True, file=io.StringIO())
     assert build(config, console) == whole[1]
     assert f"{SHARDS - 2} of {SHARDS} parts are finished" in console.export_text()
@@ -353,3 +355,25 @@ def test_an_error_in_a_worker_keeps_finished_parts(shards, tmp_path, tokenizer, 
     shutil.copy(shards / "11.jsonl", copy)
     build(config_over(copy, root, tokenizer), quiet)
     assert (root / "manifest.json").exists()
+
+
+def test_bad_and_filtered_records_are_counted(tmp_path, tokenizer):
+    """Red if the report of a worker's reading is lost, or the limit is of one part only."""
+    for n in range(3):
+        lines = ['{"text": "kept", "stars": 9}', '{"text": "left out", "stars": 1}', "broken", "{}"]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "v.jsonl").write_text('{"text": "held out", "stars": 7}')
+    about = {"validation_files": str(tmp_path / "v" / "*"), "bad_records": "count"}
+    about["where"] = "stars >= 5"
+    files = str(tmp_path / "*.jsonl")
+    with pytest.raises(ConfigError, match=r"6 bad records, .*max_bad_records=5"):
+        of = source(files, max_bad_records=5, **about)
+        build(config_of(tmp_path, tokenizer, of, part_bytes=1, workers=1), Console(quiet=True))
+    console = Console(record=True, file=io.StringIO())
+    config = config_of(tmp_path, tokenizer, source(files, **about), part_bytes=1, workers=1)
+    config = dataclasses.replace(config, path=str(tmp_path / "again"))
+    counts = build(config, console)["sources"]["code"]["counts"]
+    assert (counts["filtered"], counts["bad"]) == (3, 6)
+    assert "filtered 3, bad 6" in console.export_text(clear=False)
+    assert "0.jsonl' line 3" in console.export_text().replace("record 3", "line 3")

@@ -84,7 +84,7 @@ def manifest(max_epochs):
     return {
         "sequence_length": 10,
         "sources": {n: {"rate": 1.0, "splits": {"train": {"rows": r}}} for n, r in counts.items()},
-        "inputs": {name: {"max_epochs": max_epochs} for name in counts},
+        "max_epochs": dict.fromkeys(counts, max_epochs),
     }
 
 

@@ -78,6 +78,7 @@ def test_pieces_are_the_documents(parts):
 def test_only_unknown_tokens(tmp_path):
     """Red if rows are read by `tokens != 0` anywhere: <unk> is 0, as SeqIO's packing forgets."""
     store = write(tmp_path / "s", [[[0] * 40, [5, 0, 0, 6]]])
+    assert json.loads((tmp_path / "s/part-00000/part.json").read_text())["filled"] == 17 + 17 + 12
     assert [p.length for row in range(store.rows) for p in store.pieces(row)] == [17, 17, 8, 4]
 
 
@@ -96,8 +97,9 @@ def test_loss_is_stored(tmp_path):
             writer.append_rows(tokens[:, 1:], segments, documents, loss)
         writer.append_rows(tokens, segments, documents, loss)
         assert writer.close()["filled"] == segments.size
-    rows = RowStore(tmp_path).read([7, 0])
-    assert np.array_equal(rows.tokens, tokens[[2, 0]]) and np.array_equal(rows.loss, loss[[2, 0]])
+    rows = RowStore(tmp_path).read([7, 0, 6])
+    assert np.array_equal(rows.tokens, tokens[[2, 0, 1]])
+    assert np.array_equal(rows.loss, loss[[2, 0, 1]])
     # Two documents in one segment: each is given the whole row.
     assert [p[2:] for p in RowStore(tmp_path).pieces(7)] == [(0, 0, T + 1)] * 2
 
