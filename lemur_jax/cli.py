@@ -17,6 +17,7 @@ from lemur_jax import cli_data
 from lemur_jax.errors import LemurError, UsageError
 
 EXIT_DIFFERENT = 1  # of verify and parity
+EXIT_FAILED_CHECK = 1  # of check
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3  # lemur plan
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -29,8 +30,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one sub-command; the exit status: 0 done, 1 two models differ, 2 bad input, 3 a plan
-    does not fit, 143 stopped by SIGTERM."""
+    """Runs one sub-command; the exit status: 0 done, 1 two models differ or a check failed, 2 bad
+    input, 3 a plan does not fit, 143 stopped by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, bindings = _parse(argv)
@@ -99,6 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--processes", type=int, help="number of processes, with HOST:PORT")
     train.add_argument("--process", type=int, help="number of this one, from 0, with HOST:PORT")
+
+    check = command("check", _check, "certify a run's data, masks and gradients before it starts")
+    gin(check)
+    check.add_argument(
+        "--layers", type=int, help="of the model that is run; default: as many as fit in memory"
+    )
+    check.add_argument("--rows", type=int, default=64, help="of data that are looked at (64)")
 
     plan = command("plan", _plan, "compile a run for a TPU slice that nobody holds, and report")
     gin(plan)
@@ -222,10 +230,30 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
     if options.dry_run:
         _dry_run(run, text)
         return 0
+    if not options.process:
+        from lemur_jax.check import certificate
+        from lemur_jax.data.pipeline import read_manifest
+
+        print(certificate.found_for(run.run_dir, text, read_manifest(run.data.path)))
     from lemur_jax.train import loop
 
     result = loop.train(run, text, options.compiled and Path(options.compiled))
     return 0 if result.finished else EXIT_TERMINATED
+
+
+def _check(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import config, settings
+
+    if options.rows < 1:
+        raise UsageError(f"--rows={options.rows} must be positive")
+    run, text = settings.load(config.TrainConfig, options.gin_file, bindings, config_classes())
+    from lemur_jax.check.run import check
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    found = check(run, text, layers=options.layers, rows=options.rows, say=say)
+    return 0 if found.passed else EXIT_FAILED_CHECK
 
 
 def _check_process_flags(options: argparse.Namespace) -> None:

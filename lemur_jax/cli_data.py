@@ -92,7 +92,7 @@ def _check_new(flag: str, directory: str) -> None:
 
 def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
     from lemur_jax import settings
-    from lemur_jax.data import build
+    from lemur_jax.data import build, epochs
     from lemur_jax.data.sources import SourceConfig
 
     classes = [build.BuildConfig, SourceConfig]
@@ -104,7 +104,10 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
 
         tasks.register_mixture(config.mixture, config.sources, config.tokenizer, config.seed)
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
-    build.build(config)
+    manifest = build.build(config)
+    name, tokens = epochs.longest_run(manifest)
+    print(f"a run of {tokens:,.0f} tokens reads {name} SourceConfig.max_epochs times:")
+    epochs.show(epochs.of_data_set(manifest, tokens))
     return 0
 
 

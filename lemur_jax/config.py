@@ -498,11 +498,14 @@ class LoraConfig:
       rank: columns of A and rows of B.
       alpha: numerator of the adapters' scale.
       targets: the adapted matrices of every layer, by our names (wq) or by Hugging Face's (q_proj).
+      embeddings: train the embedding table and the head as well, whole (PEFT's modules_to_save):
+        tokens that were added to a model are not told apart otherwise.
     """
 
     rank: int = 64
     alpha: float = 16.0
     targets: tuple[str, ...] = tuple(LORA_TARGETS)
+    embeddings: bool = False
 
     def __post_init__(self):
         problems = _positive(self, "rank")

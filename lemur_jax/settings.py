@@ -85,6 +85,7 @@ def load(
         for name, value in (unused or {}).items():
             gin.bind_parameter(name, value)
         _check_leaves(root, known)
+        _check_referred(reading.referred())
         config = gin.get_configurable(root.__name__)()
         return config, _without_comments(gin.operative_config_str())
     finally:
@@ -118,6 +119,22 @@ def _check_leaves(root: type, known: dict[str, type]) -> None:
                 gin.get_configurable(kind.__name__)()
             except ConfigError as error:
                 problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check_referred(names: Sequence[str]) -> None:
+    """Builds what tuples refer to (sources, steps), so that the problems of all are reported."""
+    problems = []
+    for name in names:
+        scope, _, cls = name.rpartition("/")
+        try:
+            with gin.config_scope(scope or None):
+                gin.get_configurable(cls)()
+        except ConfigError as error:
+            problems += error.problems
+        except TypeError:
+            continue  # a required field is not set: an error only where the reference is used
     if problems:
         raise ConfigError(problems)
 
@@ -251,6 +268,10 @@ class _Reading:
                     f"{where}: {scope}/{cls}.{field} has no effect: "
                     f"nothing refers to @{scope}/{cls}()"
                 )
+
+    def referred(self) -> list[str]:
+        """Names of all @references, each once, in the order of the files."""
+        return list(dict.fromkeys(ref.name for ref, *_ in self._used if not ref.is_macro))
 
     def check_required(self, root: type) -> None:
         """Fields without a default that nothing binds, in `root` and the configs inside it."""

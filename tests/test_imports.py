@@ -21,6 +21,7 @@ ALLOWED = {
     "convert": {"config", "sharding", "model", "checkpoint", "data", "errors"},
     "train": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
     "sample": {"config", "sharding", "model", "data", "checkpoint", "convert", "errors"},
+    "check": {"config", "sharding", "model", "data", "convert", "train"},
     "plan": {"config", "sharding", "model", "train", "sample", "errors"},
 }
 DOORS = {
@@ -30,7 +31,12 @@ DOORS = {
     "optax": {"train"},
     "seqio": {"data"},
     "tensorflow": {"data"},
+    "tensorflow_datasets": {"data"},
+    "array_record": {"data"},
     "pyarrow": {"data"},
+    "datasets": {"data"},
+    "fsspec": {"data"},
+    "zstandard": {"data"},
     "datasketch": {"data"},
     "langdetect": {"data"},
     "torch": set(),

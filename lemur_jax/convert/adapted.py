@@ -19,6 +19,8 @@ from lemur_jax.model import lora
 ADAPTERS = "adapters"  # item of a checkpoint, and what the names of its arrays begin with
 # (target such as "wq", layer) -> its A [I..., R] and B [R, O...]
 ReadPair = Callable[[str, int], tuple[np.ndarray, np.ndarray]]
+# (leaf that is trained whole, region) -> its values
+ReadWhole = Callable[[str, Region], np.ndarray]
 _BAND_ELEMENTS = 1 << 20  # of a weight at a time in float64
 
 
@@ -30,12 +32,14 @@ class Adapted:
       source: the frozen base.
       adapters: which there are.
       pair: reads those of one weight of one layer.
+      whole: reads what is trained whole.
       adapters_path: where they lie.
     """
 
     source: Source
     adapters: LoraConfig
     pair: ReadPair
+    whole: ReadWhole
     adapters_path: str
 
     @property
@@ -73,10 +77,12 @@ class Adapted:
 
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """As Source, with the adapters added in float64: a cut elsewhere rounds alike."""
-        target = self._target(name)
-        if target is None:
+        if not self._changes(name):
             return self.source.read(name, index)
         region, squeezed = region_of(index, self.shape(name))
+        target = name.removeprefix("layers/")
+        if target == name:
+            return cast(self.whole(name, region), self.dtype(name), name)[squeezed]
         base = self.source.read(name, region)
         out = np.empty(base.shape, base.dtype)
         for at, layer in enumerate(range(region[0].start, region[0].stop)):
@@ -86,7 +92,7 @@ class Adapted:
     def where(self, name: str, index: tuple[int, ...]) -> str:
         """As Source."""
         where = self.source.where(name, index)
-        return where if self._target(name) is None else f"{where} with {self.adapters_path}"
+        return f"{where} with {self.adapters_path}" if self._changes(name) else where
 
     def grain(self, name: str) -> Grain:
         """As Source."""
@@ -98,15 +104,15 @@ class Adapted:
 
     def digests(self) -> dict[str, str]:
         """As Source: of the leaves that are as they were."""
-        return {n: d for n, d in self.source.digests().items() if self._target(n) is None}
+        return {n: d for n, d in self.source.digests().items() if not self._changes(n)}
 
     def with_config(self, config: ModelConfig) -> "Adapted":
         """The same weights under a config that may pad the vocabulary otherwise."""
         return replace(self, source=self.source.with_config(config))
 
-    def _target(self, name: str) -> str | None:
-        target = name.removeprefix("layers/")
-        return target if target in self.adapters.targets else None
+    def _changes(self, name: str) -> bool:
+        changed = (f"layers/{target}" for target in self.adapters.targets)
+        return name in (*changed, *lora.whole_leaves(self.adapters, self.config))
 
     def _add(
         self,

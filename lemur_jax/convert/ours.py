@@ -115,6 +115,10 @@ class OurSource:
             for side, shape in ((s, self._adapter_shape(target, s)) for s in "ab")
         )
 
+    def whole(self, name: str, region: Region) -> np.ndarray:
+        """A part of a leaf that LoRA trained whole."""
+        return self._open_stored(f"{ADAPTERS}/{name}").read(region)
+
     def _adapter_shape(self, target: str, side: str) -> Shape:
         return self.manifest.arrays[f"{ADAPTERS}/layers/{target}_{side}"].shape
 
@@ -197,7 +201,9 @@ def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource | Adap
     extras = manifest.about.get("hf_extras") or None
     context = checkpoint.slice_context()
     found = OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype, context)
-    return found if adapters is None else Adapted(found, adapters, found.pair, str(step_dir))
+    if adapters is None:
+        return found
+    return Adapted(found, adapters, found.pair, found.whole, str(step_dir))
 
 
 def _check_holds(step_dir, manifest, leaves) -> None:

@@ -22,14 +22,16 @@ from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.json_file import json_text, read_json
 from lemur_jax.convert.model import Source
 from lemur_jax.convert.ours import OurSource
+from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.small_files import beside_weights
-from lemur_jax.convert.stored import StoredTensor, whole
+from lemur_jax.convert.stored import Region, StoredTensor, whole
 from lemur_jax.model import lora
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_BAND_BYTES = 16 << 20
 _RULES = {rule.ours.removeprefix("layers/"): rule for rule in tables.HF_LLAMA}
 
 # What else adapter_config.json may say without changing what the adapters compute.
@@ -39,6 +41,11 @@ _HARMLESS = {
     *("peft_version", "layers_pattern", "loftq_config", "eva_config", "corda_config"),
     *("qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying"),
     *("arrow_config", "lora_ga_config"),
+}
+# PEFT's modules_to_save -> our leaf and how it is theirs.
+_WHOLE = {
+    name: next(rule for rule in tables.HF_LLAMA if rule.ours == ours)
+    for name, ours in (("embed_tokens", "table"), ("lm_head", "head"))
 }
 
 
@@ -107,7 +114,12 @@ def open_peft(directory: str | Path, base: Source) -> Adapted:
         a, b = (tensors[name].read() for name in names(target, layer))
         return _to_ours(a, b, target, base.config)
 
-    return Adapted(base, found, pair, str(directory))
+    def whole_leaf(name: str, region: Region) -> np.ndarray:
+        rule = next(rule for rule in _WHOLE.values() if rule.ours == name)
+        part = rule.part(region, base.config)
+        return part.to_ours(tensors[_PREFIX + rule.theirs].read(part.theirs))
+
+    return Adapted(base, found, pair, whole_leaf, str(directory))
 
 
 def _tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -124,11 +136,16 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
         problems.append(f"{path}: peft_type={config.get('peft_type')!r}; only 'LORA' is read")
     if config.get("bias", "none") != "none":
         problems.append(f"{path}: bias={config['bias']!r}; only adapters with bias='none' are read")
+    saved = config.get("modules_to_save")
+    if saved and set(saved) != set(_WHOLE):
+        problems.append(
+            f"{path}: modules_to_save={saved!r}; only {', '.join(_WHOLE)}, both, are read"
+        )
     problems += [
         f"{path}: {name}={value!r} changes what the adapters compute and is not supported: "
         "merge them with PEFT (merge_and_unload) and convert the result"
         for name, value in sorted(config.items())
-        if value and name not in _HARMLESS
+        if value and name not in (*_HARMLESS, "modules_to_save")
     ]
     if problems:
         raise ConversionError(problems)
@@ -142,7 +159,8 @@ def _adapters(
     targets = tuple(ours for ours, theirs in LORA_TARGETS.items() if theirs in modules)
     try:
         rank, alpha = config.get("r"), config.get("lora_alpha")
-        return LoraConfig(rank=rank, alpha=alpha, targets=targets)
+        whole = bool(config.get("modules_to_save"))
+        return LoraConfig(rank=rank, alpha=alpha, targets=targets, embeddings=whole)
     except ConfigError as error:
         raise ConversionError([f"{directory}: {p}" for p in error.problems]) from error
 
@@ -156,6 +174,9 @@ def _check_tensors(
         for layer in range(model.layers)
         for name, shape in zip(names(target, layer), shapes(target, found.rank, model))
     }
+    if found.embeddings:
+        for rule in _WHOLE.values():
+            expected[_PREFIX + rule.theirs] = rule.their_shape(model)
     problems = [
         f"{directory} lacks {name}: every layer of the base must have the adapters of the others"
         for name in expected
@@ -199,6 +220,13 @@ def export_peft(source: Source, destination: str | Path, base: str | None = None
         raise ConversionError(
             [f"{source.path} has no adapters: --to=peft needs a run with TrainConfig.lora"]
         )
+    if adapted.adapters.embeddings and adapted.config.tie_embeddings:
+        raise ConversionError(
+            [
+                f"{source.path} trains a table that is its head too (tie_embeddings), which PEFT's "
+                "files do not say: export the merged model, --to=hf"
+            ]
+        )
     check_new(destination)
     partial = Path(partial_of(Path(destination)))
     partial.mkdir(parents=True, exist_ok=True)
@@ -223,7 +251,7 @@ def _config(adapters: LoraConfig, base: str | None) -> dict[str, Any]:
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
+        "modules_to_save": list(_WHOLE) if adapters.embeddings else None,
         "peft_type": "LORA",
         "r": adapters.rank,
         "target_modules": [LORA_TARGETS[name] for name in adapters.targets],
@@ -240,6 +268,10 @@ def _write_weights(directory: Path, adapted: Adapted) -> None:
         for target in adapters.targets
         for name, shape in zip(names(target, layer), shapes(target, adapters.rank, model))
     ]
+    rules = list(_WHOLE.values()) if adapters.embeddings else []
+    planned += [
+        safetensors.Planned(_PREFIX + rule.theirs, rule.their_shape(model), dtype) for rule in rules
+    ]
     total = sum(math.prod(tensor.shape) * dtype.itemsize for tensor in planned)
     (file,), _ = safetensors.layout(directory, planned, total)  # one file, whatever its size
     places = {tensor.name: tensor for tensor in file.tensors}
@@ -252,7 +284,21 @@ def _write_weights(directory: Path, adapted: Adapted) -> None:
                 for name, array in zip(names(target, layer), pair):
                     tensor = places[name]
                     tensor.write(disk, whole(tensor.shape), array.astype(dtype))
+        for rule in rules:
+            _write_rows(disk, places[_PREFIX + rule.theirs], rule, adapted)
         disk.sync()
     finally:
         disk.close()
     file.path.rename(directory / WEIGHTS)
+
+
+def _write_rows(disk: DiskFile, tensor: StoredTensor, rule: Rule, adapted: Adapted) -> None:
+    """A table or head, some rows of its vocabulary at a time."""
+    model, axis = adapted.config, rule.rows_axis()
+    step = max(1, _BAND_BYTES // (tensor.shape[1] * tensor.dtype.itemsize))
+    for first in range(0, tensor.shape[0], step):
+        region = list(whole(rule.our_shape(model)))
+        region[axis] = slice(first, min(first + step, tensor.shape[0]))
+        part = rule.part(tuple(region), model)
+        rows = part.to_theirs(adapted.whole(rule.ours, tuple(region)))
+        tensor.write(disk, part.theirs, rows.astype(tensor.dtype))

@@ -5,6 +5,7 @@ to four times is close to as good as new data (arXiv:2305.16264), hence SourceCo
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,12 +123,12 @@ def show(accounts: tuple[SourceEpochs, ...], console: Console | None = None) -> 
         console.print(line, soft_wrap=True)
 
 
-def longest_run(manifest: Mapping[str, Any]) -> tuple[str, float]:
+def longest_run(manifest: Mapping[str, Any]) -> tuple[str, int]:
     """The source that is used up first, and the run's tokens at which its max_epochs are read."""
     accounts = of_data_set(manifest, 1.0)
     reached = {one.name: min(one.max_epochs, 1e9) * one.tokens / one.share for one in accounts}
     name = min(reached, key=lambda name: reached[name])
-    return name, reached[name]
+    return name, math.floor(reached[name])  # or rounding would warn of the limit itself
 
 
 def report_run(

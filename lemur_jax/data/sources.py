@@ -203,7 +203,10 @@ def read_shard(
     if source.task:
         from lemur_jax.data import tasks  # TensorFlow: only for sources that ask for it
 
-        yield from (d for d in tasks.documents(source.task) if d.split == shard.split)
+        for document in tasks.documents(source.task):
+            if document.split == shard.split:
+                counts.documents += 1
+                yield document
         return
     field = f"SourceConfig({source.name!r}).{shard.split}_files"
     rules = _rules(source)

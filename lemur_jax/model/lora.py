@@ -1,7 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) beside a decoder: a tree of A and B, and nothing else.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) beside a decoder: a tree of A and B.
 
 A layer with adapters computes x W + scale (x A) B (`Block._low_rank`), so a decoder without any is
-what it always was. A is drawn as PEFT draws it and B is zero: at first the model is its base.
+what it always was. A is drawn as PEFT draws it and B is zero: at first the model is its base. With
+LoraConfig.embeddings the tree also has a table and a head, which take the place of the model's.
 
 Dimension key: L layers, R rank; I and O a weight's input and output dimensions, whatever they are.
 """
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lemur_jax.config import LoraConfig, ModelConfig
+from lemur_jax.model import decoder
 from lemur_jax.model.block import Block
 from lemur_jax.model.decoder import Decoder
 
@@ -42,8 +44,16 @@ class LayerAdapters(nnx.Module):
             setattr(self, f"{name}_b", nnx.Param(zeros, axes=b_axes, declared_shape=b))
 
 
+def whole_leaves(config: LoraConfig, model: ModelConfig) -> tuple[str, ...]:
+    """Names of the leaves outside of the layers that are trained whole."""
+    if not config.embeddings:
+        return ()
+    return ("table",) if model.tie_embeddings else ("table", "head")
+
+
 class Adapters(nnx.Module):
-    """What LoRA trains. `layers` holds every layer's, stacked [L, ...] as the decoder's are."""
+    """What LoRA trains. `layers` holds every layer's, stacked [L, ...] as the decoder's are;
+    `table` and `head`, if they are trained, are zeros until `beside` fills them."""
 
     def __init__(self, config: LoraConfig, model: ModelConfig, key: jax.Array):
         self.config = config
@@ -52,6 +62,19 @@ class Adapters(nnx.Module):
         self.layers = jax.vmap(functools.partial(LayerAdapters, config, weights))(
             jax.random.split(key, model.layers)
         )
+        base = decoder.abstract(model)
+        for name in whole_leaves(config, model):
+            leaf = getattr(base, name)
+            setattr(self, name, leaf.replace(jnp.zeros(leaf.get_value().shape, DTYPE)))
+
+
+def beside(model: Decoder, config: LoraConfig, key: jax.Array) -> Adapters:
+    """Fresh adapters for a model: with them it computes what it computes without."""
+    adapters = Adapters(config, model.config, key)
+    for name in whole_leaves(config, model.config):
+        leaf = getattr(model, name)
+        setattr(adapters, name, leaf.replace(leaf[...].astype(DTYPE)))
+    return adapters
 
 
 def abstract(config: LoraConfig, model: ModelConfig) -> Adapters:
@@ -66,6 +89,8 @@ def attach(model: Decoder, adapters: Adapters) -> Decoder:
         if isinstance(weight, nnx.Param):
             setattr(adapted.layers, name, weight)
     adapted.layers.lora = adapters.config
+    for name in whole_leaves(adapters.config, model.config):
+        setattr(adapted, name, getattr(adapters, name))
     return adapted
 
 
@@ -92,4 +117,7 @@ def merge(model: Decoder, adapters: Adapters) -> Decoder:
             added = jax.vmap(functools.partial(delta, scale=scale))(a, b)
         total = weight[...].astype(DTYPE) + added
         setattr(merged.layers, name, weight.replace(total.astype(weight[...].dtype)))
+    for name in whole_leaves(adapters.config, model.config):
+        trained = getattr(adapters, name)
+        setattr(merged, name, trained.replace(trained[...].astype(getattr(model, name)[...].dtype)))
     return merged

@@ -161,9 +161,12 @@ def starting_state(
 
 def _describe_lora(state: TrainState, config: TrainConfig) -> str:
     trained, frozen = (param.size(x).parameters for x in (state.adapters, state.model))
+    what = ", ".join(config.lora.targets)
+    if config.lora.embeddings:
+        what += ", and table and head whole"
     return (
-        f"LoRA: rank {config.lora.rank}, alpha {config.lora.alpha:g}, on "
-        f"{', '.join(config.lora.targets)}: {trained:,} parameters are trained, {frozen:,} frozen"
+        f"LoRA: rank {config.lora.rank}, alpha {config.lora.alpha:g}, on {what}: {trained:,} "
+        f"parameters are trained, {frozen:,} frozen"
     )
 
 

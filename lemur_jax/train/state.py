@@ -72,10 +72,8 @@ def _fresh(
     return TrainState(zero, model, transform.init(trained), guard, adapters)
 
 
-def _adapters(
-    config: LoraConfig | None, model: ModelConfig, key: jax.Array
-) -> lora.Adapters | None:
-    return None if config is None else lora.Adapters(config, model, key)
+def _adapters(config: LoraConfig | None, model: Decoder, key: jax.Array) -> lora.Adapters | None:
+    return None if config is None else lora.beside(model, config, key)
 
 
 def abstract_state(
@@ -87,7 +85,8 @@ def abstract_state(
     """The state as ShapeDtypeStructs, with shardings when a mesh is given. Costs nothing."""
 
     def make(key):
-        return _fresh(Decoder(config, key), transform, _adapters(adapt, config, key))
+        model = Decoder(config, key)
+        return _fresh(model, transform, _adapters(adapt, model, key))
 
     state = jax.eval_shape(make, jax.random.key(0))
     return state if mesh is None else param.abstract_with_shardings(state, mesh)
@@ -117,6 +116,6 @@ def state_from_model(
     where = param.shardings(abstract_state(model.config, transform, adapt=adapt), mesh)
 
     def make(model, key):
-        return _fresh(model, transform, _adapters(adapt, model.config, key))
+        return _fresh(model, transform, _adapters(adapt, model, key))
 
     return jax.jit(make, out_shardings=where, donate_argnums=0)(model, jax.random.key(seed))

@@ -44,12 +44,19 @@ def adapt(model, seed=0, **changes):
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.2)
+            elif "modules_to_save" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
     return adapted.eval()
 
 
 def ours_of(adapted, config, model_config):
     """PEFT's adapters by our flat names."""
     parameters, found = dict(adapted.named_parameters()), {}
+    if config.embeddings:
+        module = "base_model.model.{}.modules_to_save.default.weight"
+        for name, theirs in (("table", "model.embed_tokens"), ("head", "lm_head")):
+            found[name] = parameters[module.format(theirs)].detach().numpy().copy()
+        found["head"] = found["head"].T
     for target in config.targets:
         pairs = []
         for layer in range(model_config.layers):
@@ -94,13 +101,15 @@ def load_reference(path):
     return load_model(path, config=config)
 
 
-@pytest.fixture
-def run(tmp_path, base):
+@pytest.fixture(params=[False, True], ids=["matrices", "embeddings too"])
+def run(tmp_path, base, request):
     """(run with LoRA, PEFT's model of the same adapters)."""
     directory, model = base
-    adapted = adapt(model)
-    flat = ours_of(adapted, LORA, open_source(directory).config)
-    return write_run(tmp_path / "run", directory, flat), adapted
+    config = dataclasses.replace(LORA, embeddings=request.param)
+    saved = ["embed_tokens", "lm_head"] if request.param else None
+    adapted = adapt(model, modules_to_save=saved)
+    flat = ours_of(adapted, config, open_source(directory).config)
+    return write_run(tmp_path / "run", directory, flat, config), adapted
 
 
 TOKENS = random_tokens(128, 2, 16)
@@ -129,6 +138,7 @@ def test_merged_export(run, tmp_path, capsys):
 def test_any_cut_gives_the_same_bits(run):
     """Red if a part of a weight took the adapters' rows of another part."""
     source = open_source(run[0])
+    assert np.array_equal(source.read("head", (slice(3, 9), 5)), source.read("head")[3:9, 5])
     for name in ("layers/wk", "layers/wo", "layers/w_gate"):
         whole = source.read(name)
         assert np.array_equal(source.read(name, (1, slice(3, 5))), whole[1, 3:5])
@@ -175,6 +185,7 @@ def test_init_from_a_peft_directory(base, tmp_path):
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, "lacks base_model.model.lm_head"),
         ({"r": 8}, "the base's needs"),
         ({"r": None}, "rank=None"),
         ({"lora_alpha": "x"}, "alpha='x'"),

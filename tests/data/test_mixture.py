@@ -167,6 +167,17 @@ def test_presets_read_their_layouts(tmp_path):
     assert list(documents(starred[0])) == []
 
 
+def test_problems_of_all_sources_are_told():
+    """Red if gin stops at the first source that cannot be: settings._check_referred is not run."""
+    bad = {"python/SourceConfig.rate": -1, "arxiv/SourceConfig.where": "('a ? b',)"}
+    with pytest.raises(ConfigError) as error:
+        load("/nowhere", **bad)
+    told = str(error.value)
+    assert "SourceConfig('python').rate=-1" in told
+    assert "SourceConfig('arxiv').where='a ? b'" in told
+    assert "In call to configurable" not in told
+
+
 def test_macros_are_asked_for(tmp_path):
     """Red if a preset's directory is not required: it would be read from the working directory."""
     with pytest.raises(ConfigError) as error:

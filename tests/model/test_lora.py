@@ -55,13 +55,15 @@ def model():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "remat"), [("float32", "none"), ("bfloat16", "full"), ("float32", "dots")]
+    ("dtype", "remat", "embeddings"),
+    [("float32", "none", True), ("bfloat16", "full", False), ("float32", "dots", False)],
 )
-def test_fresh_adapters_are_the_base_bit_for_bit(dtype, remat):
-    """Red if B were drawn like A, or the scale added to the product instead of multiplied."""
+def test_fresh_adapters_are_the_base_bit_for_bit(dtype, remat, embeddings):
+    """Red if B were drawn like A, or table and head began at zero."""
     config = dataclasses.replace(MODEL, dtype=dtype, remat=remat)
     model = Decoder(config, jax.random.key(0))
-    adapted = lora.attach(model, lora.Adapters(LORA, config, jax.random.key(1)))
+    adapt = dataclasses.replace(LORA, embeddings=embeddings)
+    adapted = lora.attach(model, lora.beside(model, adapt, jax.random.key(1)))
     assert logits(adapted).tobytes() == logits(model).tobytes()
 
 
@@ -84,16 +86,17 @@ def test_without_adapters_the_program_is_what_it_was(model, monkeypatch):
     assert found == program()
 
 
-@pytest.mark.parametrize("targets", [("wq",), ("wo",), ("wk", "w_down"), tuple(LORA_TARGETS)])
-def test_adapted_is_merged(model, targets):
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("targets", [("wo",), ("wk", "w_down"), tuple(LORA_TARGETS)])
+def test_adapted_is_merged(model, targets, embeddings):
     """Red if A were reshaped with heads and head_dim exchanged, the scale left out of one of the
     two, or wo's A taken for one input dimension."""
-    config = LoraConfig(rank=4, alpha=6.0, targets=targets)
+    config = LoraConfig(rank=4, alpha=6.0, targets=targets, embeddings=embeddings)
     adapters = random_adapters(config)
     adapted = logits(lora.attach(model, adapters))
     merged = logits(lora.merge(model, adapters))
     assert np.abs(adapted - logits(model)).max() > 1e-3
-    np.testing.assert_allclose(adapted, merged, atol=2e-6)
+    np.testing.assert_allclose(adapted, merged, atol=1e-5 if embeddings else 2e-6)
 
 
 def test_attach_changes_nothing_but_its_result(model):

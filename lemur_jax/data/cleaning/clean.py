@@ -141,7 +141,10 @@ def clean(config: CleanConfig, console: Console | None = None) -> dict[str, Any]
     _publish(work, path, inputs, counts, told)
     report.show(told, console)
     console.print(f"cleaned {path} in {time.monotonic() - started:.1f} s", soft_wrap=True)
-    for name in told["sources"]:
+    for name, one in told["sources"].items():
+        if not one["documents_out"]:
+            console.print(f"nothing is left of {name}: look at report.json", soft_wrap=True)
+            continue
         console.print(
             f"read it with SourceConfig.train_files = ('{config.path}/{name}/*.jsonl.zst',) and "
             "split_key = 'split'",

@@ -42,12 +42,15 @@ class Decontaminate:
       ngram: words of an n-gram.
       min_words: texts of fewer than `ngram` words, but at least so many, must occur as a whole;
         shorter ones are too common to tell: they are counted in the report, not compared.
+      min_distinct: different words, numbers apart, that an n-gram must have: "0 0 0" and "1 2 3"
+        are in many texts that have nothing to do with an evaluation set.
     """
 
     files: tuple[str, ...]
     keys: tuple[str, ...] = ()
     ngram: int = 13
     min_words: int = 8
+    min_distinct: int = 4
 
     def __post_init__(self):
         as_tuples(self, "files", "keys")
@@ -56,6 +59,9 @@ class Decontaminate:
             problems.append(f"ngram={self.ngram} must be >= 1")
         if not 1 <= self.min_words <= max(self.ngram, 1):
             problems.append(f"min_words={self.min_words} must be in [1, ngram={self.ngram}]")
+        if not 0 <= self.min_distinct <= self.min_words:
+            limit = f"[0, min_words={self.min_words}]"
+            problems.append(f"min_distinct={self.min_distinct} must be in {limit}")
         check(self, problems)
 
     def start(self) -> Apply:
@@ -63,7 +69,7 @@ class Decontaminate:
         if not index:
             raise ConfigError(
                 [
-                    f"Decontaminate.files={self.files!r} hold no text of at least "
+                    f"Decontaminate.files={self.files!r} hold no telling text of at least "
                     f"{self.min_words} words in keys={self.keys!r}: nothing would be compared"
                 ]
             )
@@ -103,7 +109,9 @@ def _index(step: Decontaminate) -> tuple[dict[int, dict[int, _Ngram]], int]:
         n = min(step.ngram, len(found))
         for place, number in enumerate(ngram_numbers(word_numbers(found), n).tolist()):
             gram = _Ngram(tuple(map(sys.intern, found[place : place + n])), item)
-            index.setdefault(n, {}).setdefault(number, gram)
+            telling = {word for word in gram.words if not word.isdecimal()}
+            if len(telling) >= step.min_distinct:
+                index.setdefault(n, {}).setdefault(number, gram)
     return index, short
 
 

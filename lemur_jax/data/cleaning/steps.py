@@ -49,6 +49,7 @@ def as_tuples(step: Any, *fields: str) -> None:
         object.__setattr__(step, field, (value,) if isinstance(value, str) else tuple(value))
 
 
+_ASCII_SIGNS = bytes(code for code in range(128) if not chr(code).isalnum())
 PERMISSIVE = ("MIT", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Unlicense", "CC0-1.0")
 
 
@@ -220,7 +221,10 @@ class AlphanumericFilter:
     def start(self) -> Apply:
         def apply(document: Document, counts: Counter) -> Document | Removal:
             text = document.text
-            found = sum(map(str.isalnum, text))
+            if text.isascii():  # 40 times as fast
+                found = len(text.encode("ascii").translate(None, _ASCII_SIGNS))
+            else:
+                found = sum(map(str.isalnum, text))
             return document if found >= self.min_fraction * len(text) else Removal("few letters")
 
         return apply
