@@ -6,3 +6,7 @@ class LemurError(Exception):
 
     The command line prints the message without a traceback; anything else is a bug.
     """
+
+
+class UsageError(LemurError):
+    """A flag that does not exist or a value that a flag does not take."""

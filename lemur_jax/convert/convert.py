@@ -85,7 +85,7 @@ class _Job:
         self.destination = destination
         self.remote = "://" in str(destination)
         if self.remote:
-            self.partial = epath.Path(destination)
+            self.partial = checkpoint.absolute(destination)
             self.journal = self.partial / "convert.journal"
         else:
             self.partial = partial_of(Path(destination))

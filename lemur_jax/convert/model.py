@@ -13,6 +13,7 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.cast import cast
+from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain, of_rule
 from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.stored import JoinedTensor, Region, Shape, StoredTensor
@@ -99,6 +100,7 @@ def open_source(
     """
     from lemur_jax.convert import easylm, hf_source, meta, ours
     from lemur_jax.convert.recognise import recognise
+    from lemur_jax.convert.unreadable import lost_tensors
 
     kind = recognise(path)
     if kind == "lemur":
@@ -107,7 +109,10 @@ def open_source(
         return meta.open_meta(path, dtype=dtype, mixed=mixed, max_positions=max_positions)
     if kind == "easylm":
         return easylm.open_easylm(path, dtype=dtype, mixed=mixed)
-    return hf_source.open_hf(path, dtype=dtype, mixed=mixed)
+    try:
+        return hf_source.open_hf(path, dtype=dtype, mixed=mixed)
+    except ConversionError as error:
+        raise ConversionError([*error.problems, *lost_tensors(path)]) from error
 
 
 @dataclass(frozen=True)
