@@ -59,10 +59,11 @@ class Work:
 _done: Any = None  # the shared counter of input bytes, in a worker process
 
 
-def start(done: Any) -> None:
+def start(done: Any, threads: int) -> None:
     """Prepares a worker process: it ends when its parent does, however that died."""
     global _done
     _done = done
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of the `tokenizers` library
 
     def watch() -> None:
         connection.wait([parent_process().sentinel])
