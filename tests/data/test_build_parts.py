@@ -405,3 +405,12 @@ def test_large_inputs_are_fingerprinted_by_windows(tmp_path, monkeypatch):
         found.add(manifest.fingerprint(str(file)))
         assert manifest.fingerprint(str(file)) in found
     assert len(found) == 5 and manifest.fingerprint(str(tmp_path)) == ""
+
+
+def test_a_tokenizer_that_changes_meanwhile(shards, tmp_path, tokenizer):
+    """Red if `_tokenizer` does not compare: some parts would have other ids."""
+    config = config_over(shards, tmp_path / "data", tokenizer)
+    group = manifest.plan(config, tokenizer)[1]["code"][0]
+    work = worker.Work(config, config.sources[0], group, fingerprint="of another")
+    with pytest.raises(ConfigError, match=r"BuildConfig.tokenizer=.* changed while .*restore"):
+        worker.build_group(work, lambda _: None)
