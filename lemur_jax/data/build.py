@@ -167,6 +167,8 @@ def _found(config: BuildConfig, about: Mapping) -> dict | None:
         return None
     data = location.read(config.path, manifest.MANIFEST)
     journal = location.read(config.path, f"{manifest.JOURNAL}/build.json")
+    if data is None and journal is None and location.children(config.path) == [manifest.JOURNAL]:
+        return None  # killed in its first moments
     try:
         stored = json.loads(data or journal or b"")
         different = [name for name in about if stored.get(name) != about[name]]
@@ -205,10 +207,11 @@ def build(config: BuildConfig, console: Console | None = None) -> dict:
             config.path, f"{manifest.JOURNAL}/build.json", (json.dumps(about) + "\n").encode()
         )
         try:
-            entries = build_groups(config, planned, console)
+            entries = build_groups(config, planned, tokenizer.fingerprint, console)
             result = finish(config, about, entries, tokenizer)
         except BaseException:
-            _leave(config.path)
+            if found is None:
+                _leave(config.path)
             raise
     report(result, console)
     console.print(

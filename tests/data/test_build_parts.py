@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,11 @@ from test_build import config_of, source
 from test_rows import reconstruct
 
 from lemur_jax import cli
-from lemur_jax.config import ConfigError
+from lemur_jax.config import ConfigError, DataConfig
 from lemur_jax.data import location, manifest, worker
+from lemur_jax.data.batch import make_batch
 from lemur_jax.data.build import build, existing
-from lemur_jax.data.pipeline import make_batch
+from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -123,19 +125,20 @@ def test_killed_and_run_again(whole, shards, tmp_path, tokenizer):
         text = GIN.format(root=root, tokenizer=tokenizer.directory, shards=shards, workers=workers)
         (tmp_path / "b.gin").write_text(text)
         command = [sys.executable, str(script), str(tmp_path / "b.gin")]
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen(command, start_new_session=True, stderr=said)
         if attempt < 2:
             while len(list(root.glob("journal/code/*.json"))) < 3 * (attempt + 1):
-                assert process.poll() is None, process.stderr.read()
+                assert process.poll() is None, (tmp_path / "said").read_text()
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)  # the parent alone
-            process.communicate()
+            process.wait()
             wait_until_nobody(process.pid)
             kept.append(len(list(root.glob("journal/code/*.json"))))
             assert not (root / "manifest.json").exists()
         else:
-            said = process.communicate()[1].decode()
-            assert process.returncode == 0, said
+            assert process.wait() == 0, (tmp_path / "said").read_text()
+            said = (tmp_path / "said").read_text()
             assert f"{kept[-1]} of {SHARDS} parts are finished already" in said
     assert 3 <= kept[0] < SHARDS and 6 <= kept[1] < SHARDS
     assert same_files(whole[0], root)
@@ -149,6 +152,8 @@ def wait_until_nobody(session):
         if all(" Z" in line for line in found.stdout.decode().splitlines()):
             return
         time.sleep(0.02)
+    for line in found.stdout.decode().splitlines():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
     raise AssertionError(f"workers outlive their parent: {found.stdout}")
 
 
@@ -233,15 +238,15 @@ def test_verify(whole, tmp_path, capsys):
 
 
 def test_two_at_a_time(whole, shards, tmp_path, tokenizer, quiet):
-    """Red if `_alone` does not lock."""
+    """Red if `_alone` does not lock, or its lock alone is taken for somebody's directory."""
     root = tmp_path / "data"
     (root / "journal").mkdir(parents=True)
-    about = manifest.plan(config_over(shards, root, tokenizer), tokenizer)[0]
-    (root / "journal" / "build.json").write_text(json.dumps(about))
     with open(root / "journal" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is being built by another process: wait"):
             build(config_over(shards, root, tokenizer), quiet)
+    # What a build that was killed in its first moments leaves is no obstacle.
+    assert existing(config_over(shards, root, tokenizer)) is None
 
 
 def test_into_object_storage(whole, shards, tokenizer, quiet):
@@ -253,6 +258,12 @@ def test_into_object_storage(whole, shards, tokenizer, quiet):
         assert counts["digest"] == whole[1]["sources"]["code"]["splits"][split]["digest"]
     store = manifest.open_store(config.path, about, "code", "train")
     local = manifest.open_store(str(whole[0]), whole[1], "code", "train")
+    there, here = (
+        Pipeline(DataConfig(path=path, batch_size=3, sequence_length=T)).batch(5)
+        for path in (config.path, str(whole[0]))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
+    assert not any(wrong for _, wrong in manifest.verify(config.path))
     assert np.array_equal(store.read([5, 1000]).tokens, local.read([5, 1000]).tokens)
     location.remove("memory://bucket")
 
@@ -343,16 +354,21 @@ def test_a_tokenizer_without_bos(tmp_path, tokenizer, quiet):
 
 
 def test_an_error_in_a_worker_keeps_finished_parts(shards, tmp_path, tokenizer, quiet):
-    """Red if the ConfigError of a worker loses its words, or `_leave` removes finished parts."""
+    """Red if the ConfigError of a worker loses its words, the first one stops the other parts, or
+    `_leave` removes finished parts."""
     copy, root = tmp_path / "shards", tmp_path / "data"
     shutil.copytree(shards, copy)
     (copy / "11.jsonl").write_text("not json")
     with pytest.raises(ConfigError, match=r"11.jsonl' line 1 is not JSON"):
         build(config_over(copy, root, tokenizer, workers=1), quiet)
     assert len(list(root.glob("journal/code/*.json"))) == SHARDS - 1
-    with pytest.raises(ConfigError, match=r"11.jsonl' line 1 is not JSON"):
+    (copy / "02.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"line 1 .*(.|\n)*line 1 ") as error:
         build(config_over(copy, tmp_path / "two", tokenizer, workers=2), quiet)
-    shutil.copy(shards / "11.jsonl", copy)
+    said = sorted(error.value.problems)
+    assert len(said) == 2 and "02.jsonl" in said[0] and "11.jsonl" in said[1]
+    assert len(list((tmp_path / "two").glob("journal/code/*.json"))) == SHARDS - 2
+    shutil.copytree(shards, copy, dirs_exist_ok=True)
     build(config_over(copy, root, tokenizer), quiet)
     assert (root / "manifest.json").exists()
 
@@ -377,3 +393,24 @@ def test_bad_and_filtered_records_are_counted(tmp_path, tokenizer):
     assert (counts["filtered"], counts["bad"]) == (3, 6)
     assert "filtered 3, bad 6" in console.export_text(clear=False)
     assert "0.jsonl' line 3" in console.export_text().replace("record 3", "line 3")
+
+
+def test_large_inputs_are_fingerprinted_by_windows(tmp_path, monkeypatch):
+    """Red if the last bytes, the size or a change in place do not count."""
+    monkeypatch.setattr(manifest, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(manifest, "WINDOW_BYTES", 50)
+    file, found = tmp_path / "f", set()
+    for data in (b"a" * 900, b"a" * 1100, b"a" * 1099 + b"b", b"b" + b"a" * 1099, b"a" * 1101):
+        file.write_bytes(data)
+        found.add(manifest.fingerprint(str(file)))
+        assert manifest.fingerprint(str(file)) in found
+    assert len(found) == 5 and manifest.fingerprint(str(tmp_path)) == ""
+
+
+def test_a_tokenizer_that_changes_meanwhile(shards, tmp_path, tokenizer):
+    """Red if `_tokenizer` does not compare: some parts would have other ids."""
+    config = config_over(shards, tmp_path / "data", tokenizer)
+    group = manifest.plan(config, tokenizer)[1]["code"][0]
+    work = worker.Work(config, config.sources[0], group, fingerprint="of another")
+    with pytest.raises(ConfigError, match=r"BuildConfig.tokenizer=.* changed while .*restore"):
+        worker.build_group(work, lambda _: None)
