@@ -10,7 +10,7 @@ PATH: two copies of the corpus, compressed, and what the corpus steps state for 
 An interrupted run goes on where it was: PATH.work holds the shards that are done.
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import hashlib
 import json
@@ -215,10 +215,18 @@ def _collect(
 ) -> list[dict[str, Any]]:
     counts, problems = [], []
     with console.status(what) as status:
-        for number, result in enumerate(pool.map(stages.run, tasks), 1):
-            problems += result.get("problems", [])
-            counts.append(result)
-            status.update(f"{what}: {number} of {len(tasks)} shards")
+        try:
+            for number, result in enumerate(pool.map(stages.run, tasks), 1):
+                problems += result.get("problems", [])
+                counts.append(result)
+                status.update(f"{what}: {number} of {len(tasks)} shards")
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise ConfigError(
+                [
+                    "a worker process was killed, which the kernel does when memory is short: set "
+                    "CleanConfig.workers lower; the same command goes on where this run was"
+                ]
+            ) from error
     if problems:
         raise ConfigError(problems)
     return counts

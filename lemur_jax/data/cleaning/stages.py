@@ -123,9 +123,10 @@ def _run(task: ShardTask) -> dict[str, Any]:
     steps = [StepCounts() for _ in task.steps]
     applies = [_started(step) for step in task.steps]
     sign = _signer(task.sign) if task.sign else None
+    compressor = zstandard.ZstdCompressor(3, write_checksum=True)
     documents, total = 0, 0
     with (
-        zstandard.open(task.file("jsonl.zst"), "wb", cctx=zstandard.ZstdCompressor(3)) as out,
+        zstandard.open(task.file("jsonl.zst"), "wb", cctx=compressor) as out,
         open(task.file("signatures"), "wb") as signatures,
     ):
         for document in _input(task, report, before):
