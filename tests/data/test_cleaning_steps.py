@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lemur_jax.config import ConfigError
 from lemur_jax.data.cleaning import decontaminate, redact
 from lemur_jax.data.cleaning.decontaminate import Decontaminate, too_short
+from lemur_jax.data.cleaning.duplicates import NearDuplicates
 from lemur_jax.data.cleaning.redact import RedactAddresses, RedactSecrets
 from lemur_jax.data.cleaning.steps import (
     AlphanumericFilter,
@@ -268,3 +270,11 @@ def test_bad_settings(cls, fields, words):
     with pytest.raises(ConfigError) as error:
         cls(**fields)
     assert all(word in str(error.value) for word in [cls.__name__, *words])
+
+
+@pytest.mark.parametrize("library", ["langdetect", "datasketch"])
+def test_a_library_that_is_not_installed(library, monkeypatch):
+    """Red if an ImportError gets through instead of what to install."""
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"pip install {library}"):
+        LanguageFilter().start() if library == "langdetect" else NearDuplicates().signer()

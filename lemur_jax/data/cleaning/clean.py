@@ -228,7 +228,7 @@ def _collect(
                 ]
             ) from error
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))  # a missing library is every shard's
     return counts
 
 

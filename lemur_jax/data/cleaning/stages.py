@@ -21,7 +21,7 @@ from lemur_jax.config import ConfigError
 from lemur_jax.data.cleaning.duplicates import CorpusStep
 from lemur_jax.data.cleaning.steps import Apply, DocumentStep, Removal
 from lemur_jax.data.files import Document
-from lemur_jax.data.reading.lines import read_jsonl
+from lemur_jax.data.reading.lines import read_jsonl, zstandard_for
 from lemur_jax.data.reading.records import ReadReport
 from lemur_jax.data.reading.rows import Row
 from lemur_jax.data.sources import Shard, SourceConfig, read_shard
@@ -117,8 +117,7 @@ def run(task: ShardTask) -> dict[str, Any]:
 
 
 def _run(task: ShardTask) -> dict[str, Any]:
-    import zstandard
-
+    zstandard = zstandard_for(task.work, "CleanConfig.path")
     report, before = ReadReport(), StepCounts()
     steps = [StepCounts() for _ in task.steps]
     applies = [_started(step) for step in task.steps]

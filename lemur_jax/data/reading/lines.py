@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from lemur_jax.config import ConfigError
 from lemur_jax.data.reading import storage
 from lemur_jax.data.reading.rows import Problem, Row, unreadable
 
@@ -98,14 +99,24 @@ def _chunks(path: str, field: str) -> Iterator[bytes]:
         if path.endswith(".gz"):
             yield from _frames(file, lambda: zlib.decompressobj(wbits=31))
         elif path.endswith(".zst"):
-            yield from _zstd(file)
+            yield from _zstd(file, zstandard_for(path, field))
         else:
             yield from iter(lambda: file.read(_CHUNK), b"")
 
 
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    import zstandard
+def zstandard_for(path: str, field: str) -> Any:
+    """The module zstandard. Raises ConfigError with how to install it when it is not there."""
+    try:
+        import zstandard
 
+        return zstandard
+    except ImportError as error:
+        raise ConfigError(
+            [f"{field}={path!r} needs zstandard ({error}): pip install zstandard"]
+        ) from error
+
+
+def _zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
     try:
         yield from _frames(file, lambda: zstandard.ZstdDecompressor().decompressobj())
     except zstandard.ZstdError as error:
