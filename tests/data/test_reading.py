@@ -168,6 +168,31 @@ def test_parquet_shards_are_row_groups(tmp_path, monkeypatch):
     assert [d.path for d in found] == [f"x.parquet:{n + 1}" for n in range(20)]
 
 
+@relaxed
+@given(
+    lines=st.lists(st.sampled_from(["", "a", "bb", "é" * 9, "z" * 40]), max_size=12), data=st.data()
+)
+def test_large_jsonl_files_are_cut_between_lines(tmp_path_factory, lines, data):
+    """Red if a line at a cut is read twice or by nobody, or its number is not where it begins."""
+    path = tmp_path_factory.mktemp("cut") / "x.jsonl"
+    written = [json.dumps({"body": line}, ensure_ascii=False) if line else "" for line in lines]
+    text = "\n".join(written) + data.draw(st.sampled_from(["", "\n"]))
+    path.write_bytes(text.encode())
+    bytes_per_shard = data.draw(st.integers(1, 60))
+    cuts = formats.units(str(path), "f", bytes_per_shard=bytes_per_shard)
+    rows = [row for _, units in cuts for row in formats.read(str(path), "f", units=units)]
+    assert [row.fields["body"] for row in rows] == [line for line in lines if line]
+    if cuts[0][1] is not None:
+        assert sum(size for size, _ in cuts) == len(text.encode())
+        config = source(str(path), text_key="body")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(formats.units, "__defaults__", (None, bytes_per_shard))
+            names = [document.path for document in documents(config)]
+        assert names == [f"x.jsonl:{row.number}" for row in rows]
+        begins = [text.encode()[row.number :].split(b"\n")[0] for row in rows]
+        assert begins == [line.encode() for line in written if line]
+
+
 def test_columns_that_nobody_needs_are_not_read(tmp_path):
     """Red if meta_keys is ignored; a filter's column is read even when it is not kept."""
     write_parquet(tmp_path / "x.parquet", [{"body": "a", "stars": 3, "lang": "en"}])
