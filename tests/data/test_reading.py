@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.reading import examples, formats, patterns, where
+from lemur_jax.data.reading import examples, formats, patterns
 from lemur_jax.data.sources import SourceConfig, documents, read_shard, shards
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
@@ -256,46 +256,6 @@ def test_a_missing_shard_is_named(tmp_path):
         read(tmp_path / "*.jsonl")
     assert len(read(tmp_path / "train-0000[01]-of-00005*")) == 2
     assert len(read(tmp_path / "train-00003-of-00005-ab3c.jsonl")) == 1
-
-
-CLAUSES = [
-    ("stars >= 5", {"stars": 5}, True),
-    ("stars > 5", {"stars": 5}, False),
-    ("stars < 5.5", {"stars": 5}, True),
-    ("stars >= 5", {"stars": None}, False),
-    ("lang == Python", {"lang": "Python"}, True),
-    ('lang == "C, C++"', {"lang": "C, C++"}, True),
-    ("lang != Python", {"lang": "Python"}, False),
-    ("lang != Python", {"lang": None}, True),
-    ("lang in Python, SQL", {"lang": "SQL"}, True),
-    ("lang in Python, SQL", {"lang": "Java"}, False),
-    ("lang not in Python, SQL", {"lang": "Java"}, True),
-    ("licenses in MIT, Apache-2.0", {"licenses": ["MIT"]}, True),
-    ("licenses in MIT, Apache-2.0", {"licenses": ["MIT", "GPL-3.0"]}, False),
-    ("licenses in MIT", {"licenses": []}, False),
-    ("licenses not in GPL-3.0", {"licenses": ["MIT", "GPL-3.0"]}, False),
-    ("tags has a", {"tags": ["a", "b"]}, True),
-    ("name has jax", {"name": "lemur_jax"}, True),
-    ("meta.lang == en", {"meta": {"lang": "en"}}, True),
-    ("n == 3", {"n": 3}, True),
-    ("lang == en", {"lang": b"en"}, True),
-]
-
-
-@pytest.mark.parametrize(("clause", "record", "holds"), CLAUSES)
-def test_where(clause, record, holds):
-    """Red if an operator is swapped, or a list is in when only one of its items is."""
-    ((parsed,), problems) = where.parse([clause], "w")
-    assert not problems and parsed.holds(record) is holds
-
-
-@pytest.mark.parametrize(
-    "clause", ["stars", "stars >= many", "__import__('os')", "a = 3", "a in", "stars > nan", ""]
-)
-def test_where_refuses(clause):
-    """Red if what is not in the grammar is ignored."""
-    with pytest.raises(ConfigError, match=r"where=['\"]"):
-        source("x", where=(clause,))
 
 
 def test_filtered_records_are_counted(tmp_path, capsys):
