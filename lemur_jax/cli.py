@@ -230,7 +230,9 @@ def _train(options: argparse.Namespace, bindings: list[str]) -> int:
     if options.dry_run:
         _dry_run(run, text)
         return 0
-    if not options.process:
+    import jax
+
+    if jax.process_index() == 0:
         from lemur_jax.check import certificate
         from lemur_jax.data.pipeline import read_manifest
 

@@ -51,6 +51,7 @@ def add(
     audit.add_argument(
         "--full", action="store_true", help="enumerate every epoch and read every row again"
     )
+    audit.add_argument("--list", metavar="F.jsonl", help="write the documents of every step")
     why = command("why", _data_why, "show the documents of a step of a run", steps)
     why.add_argument("run_dir", metavar="RUN")
     why.add_argument("step", metavar="STEP", type=int, help="as in metrics.jsonl: 1 is the first")
@@ -172,6 +173,10 @@ def _data_audit(options: argparse.Namespace, _: list[str]) -> int:
     }
     result = audit.audit(options.run_dir, positions, options.data, options.full)
     audit.print_audit(result, Console())
+    if options.list is not None:
+        from lemur_jax.data import why
+
+        print(f"wrote {why.list_steps(options.run_dir, options.list, options.data)} steps")
     return EXIT_VIOLATION if result.violations else 0
 
 

@@ -21,7 +21,9 @@ from lemur_jax.train import step as training
 def check_isolation(evidence: Evidence, subject: Subject, weights: Weights) -> Result:
     """Perturbs documents and looks at the others."""
     documents = _documents(evidence)
-    rows = np.flatnonzero(documents.max(axis=1) > 1)[: subject.ways]
+    most = documents.max(axis=1)
+    rows = np.argsort(-most, kind="stable")[: subject.ways]
+    rows = rows[most[rows] > 1]
     if not len(rows):
         return judge(
             "isolation",

@@ -90,7 +90,9 @@ def _with_adapters(model: Decoder, step_dir: os.PathLike, mesh: Mesh | None) -> 
         return model
     like = lora.abstract(config, model.config)
     flat = _restore(step_dir, manifest, f"{ADAPTERS}/", _targets(like, mesh))
-    return jax.jit(lora.merge, donate_argnums=0)(model, param.unflatten(like, flat))
+    where = None if mesh is None else param.shardings(model, mesh)
+    merge = jax.jit(lora.merge, donate_argnums=0, out_shardings=where)
+    return merge(model, param.unflatten(like, flat))
 
 
 def _restore(

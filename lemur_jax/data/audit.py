@@ -14,6 +14,7 @@ Five proofs, each of which names what it finds:
 """
 
 import functools
+import itertools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,7 @@ class Audit(NamedTuple):
       step: of the newest checkpoint in the ledger.
       lineage: of the run.
       sources: use of each source.
+      events: changes of rates and exclusions up to that step, one line each.
       read_again: steps whose rows were read again and compared.
       notes: what is worth knowing and no fault.
       violations: what is wrong; empty when the run's data is proved.
@@ -62,6 +64,7 @@ class Audit(NamedTuple):
     step: int
     lineage: Lineage
     sources: dict[str, SourceUse]
+    events: list[str]
     read_again: int
     notes: list[str]
     violations: list[str]
@@ -101,7 +104,24 @@ def audit(
     ]
     violations += repeated + differing
     seconds = time.monotonic() - started
-    return Audit(step, traced, sources, read_again, notes, violations, seconds)
+    return Audit(
+        step, traced, sources, _events(pipeline, step), read_again, notes, violations, seconds
+    )
+
+
+def _events(pipeline: Pipeline, step: int) -> list[str]:
+    changes = [
+        (at, f"after step {at}: rate of {source!r} is {rate:g}")
+        for at, source, rate in pipeline.config.weight_changes
+    ]
+    exclusions = [
+        (e.step, f"after step {e.step}: {sum(map(len, e.documents.values()))} document(s) excluded")
+        for e in pipeline.exclusions
+    ]
+    return [
+        text if at < step else f"{text} (not reached yet)"
+        for at, text in sorted(changes + exclusions)
+    ]
 
 
 def _position_violations(
@@ -203,8 +223,15 @@ def _read_again(pipeline: Pipeline, intervals: list[Interval], full: bool) -> tu
 def print_audit(result: Audit, console: Console) -> None:
     """The table of sources, what was proved and how, notes and violations."""
     print_ = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
-    for interval in result.lineage.intervals:
-        print_(f"steps {interval.start + 1} to {interval.stop}: {interval.processes} process(es)")
+    by_processes = itertools.groupby(result.lineage.intervals, key=lambda i: i.processes)
+    for processes, group in by_processes:
+        intervals = list(group)
+        print_(
+            f"steps {intervals[0].start + 1} to {intervals[-1].stop}: {processes} process(es), "
+            f"{len(intervals)} checkpoint(s)"
+        )
+    for event in result.events:
+        print_(event)
     table = Table("source", "rows", "rows read", "epochs", "repeated within an epoch")
     for name, use in result.sources.items():
         repeated = "none, by construction" if use.repeated is None else f"{use.repeated}"

@@ -69,12 +69,11 @@ def exclude(
 
 
 def _check_step(found: ledger.Ledger, step: int | None) -> None:
-    reached = max((e["step"] for e in found.entries if e.event == "saved"), default=0)
-    if step is not None and step < reached:
+    if step is not None and step < found.reached:
         raise ConfigError(
             [
-                f"--step={step} lies behind the run's checkpoint {reached}: what was learnt stays "
-                f"learnt; leave --step out, or give {reached} or more"
+                f"--step={step} lies behind the run's checkpoint {found.reached}: what was learnt "
+                f"stays learnt; leave --step out, or give {found.reached} or more"
             ]
         )
 

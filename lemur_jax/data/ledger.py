@@ -64,6 +64,12 @@ class Ledger:
     torn: tuple[str, ...]
 
     @property
+    def reached(self) -> int:
+        """The step that the run would go on from: of its last checkpoint or start."""
+        steps = [e["step"] for e in self.entries if e.event in (*STARTS, "saved")]
+        return steps[-1] if steps else 0
+
+    @property
     def starts(self) -> list[Entry]:
         return [entry for entry in self.entries if entry.event in STARTS]
 

@@ -30,9 +30,8 @@ def open_run(run_dir: str | Path, data: str | None = None) -> tuple[ledger.Ledge
         weight_changes=events.parse_weights(last["weight_changes"]),
     )
     # Exclusions that no start has seen yet begin where the run goes on: after what was saved.
-    reached = max((e["step"] for e in found.entries if e.event == "saved"), default=0)
     try:
-        return found, Pipeline(config, ledger.exclusions(found.entries, reached))
+        return found, Pipeline(config, ledger.exclusions(found.entries, found.reached))
     except ConfigError as error:
         hint = f"RUN={str(run_dir)!r} read the data set {config.path!r}: give its place with --data"
         raise ConfigError([*error.problems, hint]) from error

@@ -1,5 +1,8 @@
 """`lemur data why RUN STEP`: the documents of a step, to look into a spike of the loss."""
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -8,6 +11,7 @@ from rich.text import Text
 from lemur_jax.config import ConfigError
 from lemur_jax.data import recorded
 from lemur_jax.data.ledger import Ledger
+from lemur_jax.data.order import Place
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -38,7 +42,7 @@ def why(
     if step < 1:
         raise ConfigError([f"STEP={step} must be at least 1: step 1 is the first, as in metrics"])
     batch = step - 1  # the number of steps done before it
-    print_ = lambda *lines: console.print(*lines, soft_wrap=True, markup=False, highlight=False)  # noqa: E731
+    print_ = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     print_(f"step {step} of {run_dir}: {_status(ledger, batch)}")
     first, size = batch * pipeline.config.batch_size, pipeline.config.batch_size
     shares = pipeline.order.share(first)
@@ -50,7 +54,9 @@ def why(
         _print_pieces(print_, pipeline, batch, place, tokenizer)
 
 
-def _print_pieces(print_, pipeline: Pipeline, batch: int, place, tokenizer) -> None:
+def _print_pieces(
+    print_: Callable, pipeline: Pipeline, batch: int, place: Place, tokenizer: Tokenizer | None
+) -> None:
     store = pipeline.store(place.source)
     excluded = {p.document for p in pipeline.excluded_pieces(batch, place.source, place.row)}
     tokens = store.read([place.row]).tokens[0]
@@ -70,14 +76,39 @@ def _print_pieces(print_, pipeline: Pipeline, batch: int, place, tokenizer) -> N
 
 def _status(ledger: Ledger, batch: int) -> str:
     """Which start of the run read a batch last, or that none has yet."""
-    reached = max((e["step"] for e in ledger.entries if e.event == "saved"), default=0)
     reading = [e for e in ledger.starts if e["step"] <= batch]
     if not reading:
         return f"before the ledger begins (step {ledger.starts[0]['step']}); as the order gives it"
     start = reading[-1]
-    if batch >= reached:
-        return f"not saved in any checkpoint yet (the last is {reached}); as it is or will be read"
+    if batch >= ledger.reached:
+        return (
+            f"not saved in any checkpoint yet (the last is {ledger.reached}); as it is or will be "
+            "read"
+        )
     return (
         f"read by {start['processes']} process(es), {start.event} at step {start['step']}, "
         f"{start['time']}"
     )
+
+
+def list_steps(run_dir: str | Path, file: str | Path, data: str | None = None) -> int:
+    """Writes what each step up to the newest checkpoint was fed, one line of JSON a step.
+
+    {"step": N, "rows": [[source, row, epoch, [[path, first token, last token], ...]], ...]},
+    without excluded documents. Reads the documents of every row. Returns the number of steps.
+    """
+    ledger, pipeline = recorded.open_run(run_dir, data)
+    steps = ledger.reached
+    with open(file, "w", encoding="utf-8") as out:
+        for batch in range(steps):
+            rows = []
+            for source, row, epoch in pipeline.places(batch):
+                gone = {p.document for p in pipeline.excluded_pieces(batch, source, row)}
+                pieces = [
+                    [p.path, p.start_in_document, p.start_in_document + p.length - 1]
+                    for p in pipeline.store(source).pieces(row)
+                    if p.document not in gone
+                ]
+                rows.append([source, row, epoch, pieces])
+            out.write(json.dumps({"step": batch + 1, "rows": rows}) + "\n")
+    return steps

@@ -21,7 +21,7 @@ from lemur_jax.data.audit import audit, print_audit
 from lemur_jax.data.exclude import exclude
 from lemur_jax.data.order import Order
 from lemur_jax.data.pipeline import Pipeline
-from lemur_jax.data.why import why
+from lemur_jax.data.why import list_steps, why
 
 RATES = {"code": 10.0, "text": 1.0}
 LENGTHS = {"code": [1, 160, 5, 33, 2, 17, 16, 1, 1, 70], "text": [40, 3, 9, 25]}
@@ -267,6 +267,19 @@ def test_why_names_rows_documents_and_offsets(finished, config):
         why(finished[0], 0)
 
 
+def test_the_list_of_steps(finished, config, tmp_path):
+    """Red if the list begins at step 0, or leaves rows out."""
+    assert list_steps(finished[0], tmp_path / "f.jsonl") == 9
+    lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    pipeline = Pipeline(config)
+    for line in lines:
+        assert [tuple(row[:3]) for row in line["rows"]] == pipeline.places(line["step"] - 1)
+        source, row, _, pieces = line["rows"][0]
+        expected = pipeline.store(source).pieces(row)
+        assert [[p.path, p.start_in_document] for p in expected] == [p[:2] for p in pieces]
+
+
 # ----- exclude ---------------------------------------------------------------------------------
 
 
@@ -281,6 +294,7 @@ def test_excluded_documents_are_gone_from_the_next_start(run, finished, config):
     assert checkpoints[11]["exclusions"].startswith("9:3 documents")
     result = audit(run, checkpoints, full=True)
     assert result.violations == [] and result.step == 11
+    assert result.events == ["after step 9: 3 document(s) excluded"]
     # The list is the ledger's: without the line, what was fed afterwards is not explained.
     rewrite(run, lambda lines: lines.remove(next(x for x in lines if x["event"] == "exclude")))
     words = ["exclusions=", "steps 10 to 11 were fed other rows"]

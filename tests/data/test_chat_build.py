@@ -344,7 +344,7 @@ def test_transformers_makes_the_same_ids(root, tokenizer, built):
     assert made == list(ours.ids)
 
 
-def test_docstring_conversations():
+def test_docstring_conversations(tmp_path):
     """Red if the body or the docstring is cut wrongly, or a held-out file trains."""
     source = (
         "def add(a, b=1):\n"
@@ -357,6 +357,15 @@ def test_docstring_conversations():
     assert what == ("what", "add", "What does this function do?\n\ndef add(a, b=1):", summary)
     assert write[3] == "total = a + b\nreturn check_that_it_is_fine(total)"
     assert list(docstrings.conversations("def broken(:")) == []
+    records = [{"text": source.replace("add", name), "path": f"{name}.py", "split": split}
+               for name, split in (("add", "train"), ("sum_up", "validation"))]  # fmt: skip
+    code = tmp_path / "code.jsonl"
+    code.write_text("".join(json.dumps(record) + "\n" for record in records))
+    counts = docstrings.write(code, tmp_path / "out.jsonl")
+    made = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(made) == sum(counts.values()) == 2  # the same answers again are left out
+    assert all(r["split"] == {"add.py": "train", "sum_up.py": "validation"}[r["path"].split(":")[0]]
+               for r in made)  # fmt: skip
 
 
 def test_windows_do_not_change_what_is_stored(root, tokenizer, talks):

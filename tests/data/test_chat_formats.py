@@ -225,10 +225,18 @@ def test_split_specials_are_refused(tmp_path):
         formats.end_of_conversation(plain, formats.FORMATS["tulu"], "lemur_compat")
 
 
+def test_a_tokenizer_without_bos_is_refused(tokenizer, monkeypatch):
+    """Red if `check_specials` does not ask: the build would end in the middle."""
+    monkeypatch.setattr(tokenizer, "bos_id", None)
+    with pytest.raises(ConfigError, match="bos_token=None"):
+        formats.check_specials(tokenizer, formats.FORMATS["chatml"])
+    formats.check_specials(tokenizer, formats.FORMATS["chatml_xchat"])
+
+
 def test_trained_specials_are_refused(tokenizer, monkeypatch):
     """Red if the second test of `check_specials` is dropped."""
     end = tokenizer.id_of("<|im_end|>")
-    monkeypatch.setattr(tokenizer, "encode", lambda text: [end])
+    monkeypatch.setattr(tokenizer, "encode", lambda text, bos=False, eos=False: [end])
     with pytest.raises(ConfigError, match="could end a turn by typing it"):
         formats.check_specials(tokenizer, formats.FORMATS["chatml"])
 

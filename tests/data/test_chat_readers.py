@@ -164,6 +164,15 @@ def test_missing_files_and_suffixes_are_named(tmp_path):
     assert len(caught.value.problems) == 2
 
 
+def test_files_of_one_name_are_told_apart(tmp_path):
+    """Red if places are base names only: two records would be one document."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "x.jsonl", turns("user", "assistant"))
+    found, _ = read(tmp_path / "*" / "x.jsonl", "messages")
+    assert [one.path for one in found] == ["a/x.jsonl:1", "b/x.jsonl:1"]
+
+
 # ---------------------------------------------------------------------------------------------
 # OpenAssistant
 # ---------------------------------------------------------------------------------------------

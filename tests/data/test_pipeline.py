@@ -1,17 +1,21 @@
 """The pipeline: batch(step) is one function, whoever asks and whenever."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import small_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lemur_jax.config import ConfigError, DataConfig
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.sources import documents
-from lemur_jax.data.store import RowStore
+from lemur_jax.data.store import RowStore, RowsWriter
 
 B, T = 11, 128
 
@@ -52,6 +56,53 @@ def test_hosts_read_parts_of_one_global_batch(pipeline):
             assert np.array_equal(array, np.concatenate([part[n] for part in parts]))
     with pytest.raises(ValueError, match=r"rows \[4, 12\).*batch_size=11"):
         pipeline.rows(0, 4, 12)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    hosts=st.sampled_from([1, 2, 3, 4, 8]), step=st.integers(0, 10**9), seed=st.integers(0, 2**31)
+)
+def test_any_hosts_read_one_global_batch(data_dir, hosts, step, seed):
+    """Red if a host's rows depend on how many hosts there are: uneven splits, any seed and step."""
+    pipeline = open_with(data_dir, seed=seed)
+    cuts = [host * B // hosts for host in range(hosts + 1)]
+    parts = [pipeline.rows(step, *part) for part in itertools.pairwise(cuts)]
+    together = [np.concatenate(arrays) for arrays in zip(*parts)]
+    assert all(map(np.array_equal, together, pipeline.batch(step)))
+
+
+def test_a_loss_mask_is_honoured(tmp_path, tokenizer):
+    """Red if `loss` is dropped between store and batch, or shifted against the targets; and with
+    one segment for a whole row (lemur_compat) positions must run on."""
+    rng = np.random.default_rng(0)
+    path = small_data.make(tmp_path, {"chat": small_data.texts([40, 30])}, tokenizer, {"chat": 1.0})
+    part = Path(path) / "chat" / "train" / "part-00000"
+    shutil.rmtree(part)
+    writer = RowsWriter(part, small_data.T, tokenizer.vocab_size, loss=True)
+    tokens = rng.integers(1, 1000, (5, small_data.T + 1))
+    segments, loss = np.ones_like(tokens), rng.integers(0, 2, tokens.shape)
+    segments[3, 12:], tokens[3, 12:] = 0, 0
+    for name in ("a", "b"):
+        writer.add_document(name)
+    writer.append_rows(tokens, segments, np.array([[0, 1]] * 5), loss)
+    about = writer.close() | {"name": "part-00000"}
+    manifest = json.loads((Path(path) / "manifest.json").read_text())
+    manifest["sources"]["chat"]["splits"]["train"] |= {"rows": 5, "parts": [about]}
+    (Path(path) / "manifest.json").write_text(json.dumps(manifest))
+    pipeline = Pipeline(small_data.config(path, 5))
+    batch = pipeline.batch(0)
+    for row, place in enumerate(pipeline.places(0)):
+        counts = loss[place.row, 1:] * (segments[place.row, 1:] != 0)
+        assert batch.weights[row].tolist() == counts.tolist()
+        real = segments[place.row, :-1] != 0
+        assert batch.positions[row][real].tolist() == list(range(real.sum()))
+
+
+def test_unknown_tokens_are_tokens(tmp_path, tokenizer):
+    """Red if id 0 counts as padding: a document of only <unk> would vanish."""
+    path = small_data.make(tmp_path, {"code": [[0] * 33, [0]]}, tokenizer, {"code": 1.0})
+    batch = Pipeline(small_data.config(path, 3)).batch(0)  # one epoch: three rows
+    assert batch.weights.sum() == 32 and (batch.segment_ids != 0).sum() == 33
 
 
 def test_one_epoch_is_every_row_once(pipeline, data_dir):

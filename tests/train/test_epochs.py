@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from lemur_jax import cli, settings
 from lemur_jax.config import (
     ConfigError,
     DataConfig,
@@ -72,3 +73,13 @@ def test_steps_or_epochs(tmp_path):
     with pytest.raises(ConfigError, match="warmup_steps=50 must be smaller"):
         with_steps(asked)
     assert dataclasses.replace(asked, epochs=30).epochs == 30
+
+
+def test_the_recipe_of_lemur_chat():
+    """Red if runs/sft_lemur_chat.gin loses what the paper states: 2 epochs, 2e-5, batch 128."""
+    bindings = [f'{name}="/x"' for name in ("DATA", "INIT", "RUN")]
+    made, _ = settings.load(
+        TrainConfig, ["runs/sft_lemur_chat.gin"], bindings, cli.config_classes()
+    )
+    assert (made.epochs, made.steps, made.data.batch_size) == (2, 0, 128)
+    assert made.optimizer.peak_learning_rate == 2e-5 and made.model.vocab_size == 32005

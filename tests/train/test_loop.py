@@ -27,6 +27,8 @@ from lemur_jax.config import (
     RopeConfig,
     TrainConfig,
 )
+from lemur_jax.data.audit import audit
+from lemur_jax.data.exclude import exclude
 from lemur_jax.train import loop, metrics
 
 MODEL = ModelConfig(
@@ -86,6 +88,32 @@ def test_a_run_learns_and_leaves_everything(whole_run):
     assert manifest.about["model"]["kv_heads"] == 2
     assert manifest.about["data"]["step"] == 8
     assert {"config.gin", "tokenizer/tokenizer.model"} <= set(manifest.files)
+
+
+def positions(run_dir: Path) -> dict[int, dict]:
+    steps = checkpoint.complete_steps(run_dir / "checkpoints")
+    return {s: checkpoint.describe(run_dir / "checkpoints" / str(s)).about["data"] for s in steps}
+
+
+def test_what_a_run_reads_is_proved(tiny_data, tmp_path):
+    """Red if the loop does not write its ledger, feeds other rows than it counts, or an exclusion
+    or a change of weights does not reach the batches."""
+    run = config(tmp_path, tiny_data, steps=4, evaluation=EvaluationConfig(batches=1))
+    loop.train(run, "")
+    excluded = exclude(str(tmp_path), patterns=["a*.py"])
+    changes = ((6, "text", 10.0),)
+    later = dataclasses.replace(run.data, weight_changes=changes)
+    loop.train(dataclasses.replace(run, steps=8, data=later, micro_batches=2), "")
+    result = audit(tmp_path, positions(tmp_path), full=True)
+    assert result.violations == [] and result.read_again == 8
+    assert [interval[:2] for interval in result.lineage.intervals] == [(0, 4), (4, 8)]
+    assert result.sources["text"].used > 8  # 3 of the first 48 rows, 8 of the last 16
+    assert positions(tmp_path)[8]["weight_changes"] == "6:text=10.0"
+    numbers = sum(map(len, excluded.values()))
+    assert positions(tmp_path)[8]["exclusions"].startswith(f"4:{numbers} documents")
+    earlier = dataclasses.replace(run.data, weight_changes=((3, "text", 10.0),))
+    with pytest.raises(ConfigError, match="weight_changes='3:text=10.0'.*cannot change"):
+        loop.train(dataclasses.replace(run, steps=9, data=earlier), "")
 
 
 def test_resume_is_bitwise_equal_to_an_uninterrupted_run(whole_run, tiny_data, tmp_path):

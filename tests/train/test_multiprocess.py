@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lemur_jax import checkpoint
+from lemur_jax.data import audit, ledger
 from lemur_jax.train import metrics
 
 TIMEOUT_SECONDS = 400
@@ -100,6 +101,15 @@ def test_two_processes_are_one(tiny_data, tmp_path):
     # Each loaded its own half and no other row.
     notes = [json.loads((tmp_path / f"two{index}.json").read_text()) for index in range(2)]
     assert notes == [[[0, 4]], [[4, 8]]]
+    # What two processes fed is, row for row, what one fed; and each run can be proved.
+    found = {name: ledger.read(tmp_path / name / ledger.LEDGER).entries for name in ("one", "two")}
+    sums = {
+        name: [entry["reads"] for entry in entries if entry.event == "saved"]
+        for name, entries in found.items()
+    }
+    assert len(sums["one"]) == 2 and sums["one"] == sums["two"]
+    assert (found["two"][0]["processes"], found["two"][0]["ranges"]) == (2, [[0, 4], [4, 8]])
+    assert audit.audit(tmp_path / "two", {}, full=True).violations == []
     # Each wrote its own shards; together they are the whole.
     step_dir = tmp_path / "two" / "checkpoints" / "4"
     written = {path.name for path in (step_dir / "params").glob("ocdbt.process_*")}

@@ -11,7 +11,6 @@ rows are made window by window.
 import collections
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,9 @@ def _identity(config: ChatBuildConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         fields = dataclasses.asdict(source)
         for field in ("files", "validation_files"):
             names = readers.expand(fields[field], f"ChatSourceConfig({source.name!r}).{field}")
-            fields[field] = {os.path.basename(name): manifests.fingerprint(name) for name in names}
+            fields[field] = {
+                label: manifests.fingerprint(name) for name, label in readers.labels(names).items()
+            }
         inputs[source.name] = fields
     return {
         "format_version": FORMAT_VERSION,

@@ -15,8 +15,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from lemur_jax.data.files import fraction_of, read_documents
+from lemur_jax.data.files import fraction_of
 from lemur_jax.data.prose import is_prose
+from lemur_jax.data.sources import SourceConfig, documents
 
 CHARACTERS_PER_QUESTION = 400
 CHARACTERS_PER_ANSWER = 400
@@ -30,7 +31,8 @@ def write(code: str | Path, out: str | Path, most: int = 4000, seed: int = 0) ->
     Returns the number of conversations of each split.
     """
     found: dict[str, list[dict]] = {"what": [], "write": []}
-    for document in read_documents([str(code)], "code", "text", "split"):
+    source = SourceConfig(name="code", rate=1.0, train_files=(str(code),), split_key="split")
+    for document in documents(source):
         for kind, name, question, answer in conversations(document.text):
             messages = [
                 {"role": "user", "content": question},

@@ -322,6 +322,8 @@ def _special_id(tokenizer: Tokenizer, token: str) -> int:
 
 def check_specials(tokenizer: Tokenizer, chat_format: ChatFormat) -> None:
     """Raises ConfigError when a special token of the format is not one id, or text becomes it."""
+    if chat_format.bos:
+        _special_id(tokenizer, BOS)  # raises when the tokenizer has none
     problems = []
     for token in chat_format.specials:
         index, pieces = tokenizer.id_of(token), tokenizer.encode(token)

@@ -61,6 +61,16 @@ def expand(patterns: Sequence[str], field: str) -> list[str]:
     return sorted(found)
 
 
+def labels(names: Sequence[str]) -> dict[str, str]:
+    """File -> how it is called in places and manifests: its name, or, where two have the same one,
+    its path below what all have in common; never a path of this machine."""
+    short = [os.path.basename(name) for name in names]
+    if len(set(short)) < len(names):
+        common = os.path.commonpath([os.path.abspath(name) for name in names])
+        short = [os.path.relpath(os.path.abspath(name), common) for name in names]
+    return dict(zip(names, short))
+
+
 def read(
     names: Sequence[str],
     record_format: str,
@@ -80,8 +90,8 @@ def read(
 
     Raises ConfigError for a file that cannot be read at all.
     """
-    for name in names:
-        records = _records(name, refuse)
+    for name, label in labels(names).items():
+        records = _records(name, label, refuse)
         if record_format == "oasst":
             yield from oasst.conversations(records, refuse, paths)
             continue
@@ -195,15 +205,14 @@ _TURNS: dict[str, Callable[[Mapping[str, Any]], Iterator[Message]]] = {
 # ---------------------------------------------------------------------------------------------
 
 
-def _records(name: str, refuse: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(name: str, label: str, refuse: Refuse) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, record) of one file; what is no JSON object is refused, a broken file raises."""
     reader = _parquet if name.endswith(".parquet") else _json
     if name.endswith((".jsonl", ".jsonl.gz")):
         reader = _lines
-    base = os.path.basename(name)
     try:
         for number, record in reader(name):
-            place = f"{base}:{number}"
+            place = f"{label}:{number}"
             if isinstance(record, Exception):
                 refuse(place, _json_reason(record))
             elif not isinstance(record, dict):
