@@ -238,7 +238,10 @@ def test_evaluation_files(tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps({"name": "x", "test": [item]}, indent=1))
     (tmp_path / "lines.json").write_text(json.dumps(item) + "\n" + json.dumps(item) + "\n")
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(json.dumps(item).encode()))
-    for name in ("list.json", "splits.json", "lines.json", "z.jsonl.gz"):
+    (tmp_path / "one.json").write_text(json.dumps(item))
+    (tmp_path / "named.json").write_text(json.dumps({"17": item, "18": {"q": "short"}}))
+    every = ("list.json", "splits.json", "lines.json", "z.jsonl.gz", "one.json", "named.json")
+    for name in every:
         step = Decontaminate(files=str(tmp_path / name))
         assert outcome(step, f"so: {question.title()}!") == "shares an n-gram"
         assert outcome(step, other) == "shares an n-gram"
