@@ -135,12 +135,12 @@ def _data_verify(options: argparse.Namespace, _: list[str]) -> int:
 
 def _data_clean(options: argparse.Namespace, bindings: list[str]) -> int:
     from lemur_jax import settings
-    from lemur_jax.data.cleaning import clean
+    from lemur_jax.data.cleaning import clean, config
     from lemur_jax.data.sources import SourceConfig
 
-    classes = [clean.CleanConfig, SourceConfig, *clean.STEPS]
-    config, _ = settings.load(clean.CleanConfig, options.gin_file, bindings, classes)
-    clean.clean(config)
+    classes = [config.CleanConfig, SourceConfig, *config.STEPS]
+    loaded, _ = settings.load(config.CleanConfig, options.gin_file, bindings, classes)
+    clean.clean(loaded)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from lemur_jax.config import ConfigError
 from lemur_jax.data.cleaning import decontaminate, redact
 from lemur_jax.data.cleaning.decontaminate import Decontaminate, too_short
+from lemur_jax.data.cleaning.duplicates import NearDuplicates
 from lemur_jax.data.cleaning.redact import RedactAddresses, RedactSecrets
 from lemur_jax.data.cleaning.steps import (
     AlphanumericFilter,
@@ -236,7 +238,10 @@ def test_evaluation_files(tmp_path):
     (tmp_path / "splits.json").write_text(json.dumps({"name": "x", "test": [item]}, indent=1))
     (tmp_path / "lines.json").write_text(json.dumps(item) + "\n" + json.dumps(item) + "\n")
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(json.dumps(item).encode()))
-    for name in ("list.json", "splits.json", "lines.json", "z.jsonl.gz"):
+    (tmp_path / "one.json").write_text(json.dumps(item))
+    (tmp_path / "named.json").write_text(json.dumps({"17": item, "18": {"q": "short"}}))
+    every = ("list.json", "splits.json", "lines.json", "z.jsonl.gz", "one.json", "named.json")
+    for name in every:
         step = Decontaminate(files=str(tmp_path / name))
         assert outcome(step, f"so: {question.title()}!") == "shares an n-gram"
         assert outcome(step, other) == "shares an n-gram"
@@ -268,3 +273,11 @@ def test_bad_settings(cls, fields, words):
     with pytest.raises(ConfigError) as error:
         cls(**fields)
     assert all(word in str(error.value) for word in [cls.__name__, *words])
+
+
+@pytest.mark.parametrize("library", ["langdetect", "datasketch"])
+def test_a_library_that_is_not_installed(library, monkeypatch):
+    """Red if an ImportError gets through instead of what to install."""
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"pip install {library}"):
+        LanguageFilter().start() if library == "langdetect" else NearDuplicates().signer()

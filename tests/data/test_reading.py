@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.reading import examples, formats, patterns, where
+from lemur_jax.data.reading import examples, formats, patterns
 from lemur_jax.data.sources import SourceConfig, documents, read_shard, shards
 
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
@@ -168,6 +168,31 @@ def test_parquet_shards_are_row_groups(tmp_path, monkeypatch):
     assert [d.path for d in found] == [f"x.parquet:{n + 1}" for n in range(20)]
 
 
+@relaxed
+@given(
+    lines=st.lists(st.sampled_from(["", "a", "bb", "é" * 9, "z" * 40]), max_size=12), data=st.data()
+)
+def test_large_jsonl_files_are_cut_between_lines(tmp_path_factory, lines, data):
+    """Red if a line at a cut is read twice or by nobody, or its number is not where it begins."""
+    path = tmp_path_factory.mktemp("cut") / "x.jsonl"
+    written = [json.dumps({"body": line}, ensure_ascii=False) if line else "" for line in lines]
+    text = "\n".join(written) + data.draw(st.sampled_from(["", "\n"]))
+    path.write_bytes(text.encode())
+    bytes_per_shard = data.draw(st.integers(1, 60))
+    cuts = formats.units(str(path), "f", bytes_per_shard=bytes_per_shard)
+    rows = [row for _, units in cuts for row in formats.read(str(path), "f", units=units)]
+    assert [row.fields["body"] for row in rows] == [line for line in lines if line]
+    if cuts[0][1] is not None:
+        assert sum(size for size, _ in cuts) == len(text.encode())
+        config = source(str(path), text_key="body")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(formats.units, "__defaults__", (None, bytes_per_shard))
+            names = [document.path for document in documents(config)]
+        assert names == [f"x.jsonl:{row.number}" for row in rows]
+        begins = [text.encode()[row.number :].split(b"\n")[0] for row in rows]
+        assert begins == [line.encode() for line in written if line]
+
+
 def test_columns_that_nobody_needs_are_not_read(tmp_path):
     """Red if meta_keys is ignored; a filter's column is read even when it is not kept."""
     write_parquet(tmp_path / "x.parquet", [{"body": "a", "stars": 3, "lang": "en"}])
@@ -233,46 +258,6 @@ def test_a_missing_shard_is_named(tmp_path):
     assert len(read(tmp_path / "train-00003-of-00005-ab3c.jsonl")) == 1
 
 
-CLAUSES = [
-    ("stars >= 5", {"stars": 5}, True),
-    ("stars > 5", {"stars": 5}, False),
-    ("stars < 5.5", {"stars": 5}, True),
-    ("stars >= 5", {"stars": None}, False),
-    ("lang == Python", {"lang": "Python"}, True),
-    ('lang == "C, C++"', {"lang": "C, C++"}, True),
-    ("lang != Python", {"lang": "Python"}, False),
-    ("lang != Python", {"lang": None}, True),
-    ("lang in Python, SQL", {"lang": "SQL"}, True),
-    ("lang in Python, SQL", {"lang": "Java"}, False),
-    ("lang not in Python, SQL", {"lang": "Java"}, True),
-    ("licenses in MIT, Apache-2.0", {"licenses": ["MIT"]}, True),
-    ("licenses in MIT, Apache-2.0", {"licenses": ["MIT", "GPL-3.0"]}, False),
-    ("licenses in MIT", {"licenses": []}, False),
-    ("licenses not in GPL-3.0", {"licenses": ["MIT", "GPL-3.0"]}, False),
-    ("tags has a", {"tags": ["a", "b"]}, True),
-    ("name has jax", {"name": "lemur_jax"}, True),
-    ("meta.lang == en", {"meta": {"lang": "en"}}, True),
-    ("n == 3", {"n": 3}, True),
-    ("lang == en", {"lang": b"en"}, True),
-]
-
-
-@pytest.mark.parametrize(("clause", "record", "holds"), CLAUSES)
-def test_where(clause, record, holds):
-    """Red if an operator is swapped, or a list is in when only one of its items is."""
-    ((parsed,), problems) = where.parse([clause], "w")
-    assert not problems and parsed.holds(record) is holds
-
-
-@pytest.mark.parametrize(
-    "clause", ["stars", "stars >= many", "__import__('os')", "a = 3", "a in", "stars > nan", ""]
-)
-def test_where_refuses(clause):
-    """Red if what is not in the grammar is ignored."""
-    with pytest.raises(ConfigError, match=r"where=['\"]"):
-        source("x", where=(clause,))
-
-
 def test_filtered_records_are_counted(tmp_path, capsys):
     """Red if a filter leaves records out without a word."""
     write_jsonl(tmp_path / "x.jsonl", [{"body": "t", "stars": n, "lang": ""} for n in range(10)])
@@ -334,5 +319,5 @@ def test_zstd_is_streamed(tmp_path):
 
     noise = random.Random(0).randbytes(4_000_000).hex().encode()
     file = Counting(zstandard.compress(noise))
-    next(lines._zstd(file))
+    next(lines._zstd(file, zstandard))
     assert file.taken < 1_000_000

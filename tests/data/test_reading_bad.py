@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import pytest
 
@@ -45,6 +46,16 @@ def zst_flipped(tmp_path):
     data = bytearray(zstandard.ZstdCompressor(write_checksum=True).compress(LINES))
     data[len(data) // 2] ^= 0xFF
     return bytes(data)
+
+
+def zst_begun(tmp_path):
+    pytest.importorskip("zstandard")
+    return b"\x28\xb5\x2f"
+
+
+def not_zst(tmp_path):
+    pytest.importorskip("zstandard")
+    return b"plain text"
 
 
 def parquet_truncated(tmp_path):
@@ -98,8 +109,8 @@ BAD = {
     "gz flipped": ("x.jsonl.gz", gz_flipped, ["cannot be read", "replace"]),
     "zst truncated": ("x.jsonl.zst", zst_truncated, ["cannot be read", "truncated", "replace"]),
     "zst flipped": ("x.jsonl.zst", zst_flipped, ["cannot be read", "zstd", "replace"]),
-    "zst empty": ("x.jsonl.zst", lambda _: b"\x28\xb5\x2f", ["cannot be read", "truncated"]),
-    "not zst": ("x.jsonl.zst", lambda _: b"plain text", ["cannot be read", "zstd"]),
+    "zst empty": ("x.jsonl.zst", zst_begun, ["cannot be read", "truncated"]),
+    "not zst": ("x.jsonl.zst", not_zst, ["cannot be read", "zstd"]),
     "parquet truncated": ("x.parquet", parquet_truncated, ["cannot be read", "replace"]),
     "parquet flipped": ("x.parquet", parquet_flipped, ["cannot be read", "checksum", "replace"]),
     "parquet empty": ("x.parquet", lambda _: b"", ["cannot be read", "replace"]),
@@ -210,3 +221,25 @@ def test_a_lost_file_of_save_to_disk(tmp_path):
     (tmp_path / "set" / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not of datasets.save_to_disk"):
         list(documents(source(tmp_path / "set")))
+
+
+LIBRARIES = {
+    "zstandard": ("x.jsonl.zst", {}),
+    "pyarrow": ("x.parquet", {}),
+    "pyarrow.parquet": ("x.parquet", {}),
+    "array_record.python": ("x.array_record", {}),
+    "datasets": ("owner/name@train", {"format": "hf"}),
+    "fsspec": ("memory://x/x.jsonl", {}),
+}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_that_is_not_installed(library, tmp_path, monkeypatch):
+    """Red if an ImportError gets through instead of what to install."""
+    name, fields = LIBRARIES[library]
+    if name.startswith("x."):
+        (tmp_path / name).write_bytes(b"something")
+        name = tmp_path / name
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"pip install {library.split('.')[0]}"):
+        list(documents(source(name, **fields)))

@@ -8,5 +8,6 @@ groups          equal keys of more records than memory holds
 ngrams          words and their n-grams as numbers
 stages          one stage of a run over one shard, in a worker process
 report          what every step removed and changed, as data and as a table
+config          settings of a run, and the steps that gin may list
 clean           the run: stages in order, output directory
 """

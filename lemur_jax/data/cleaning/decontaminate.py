@@ -36,8 +36,8 @@ class Decontaminate:
     in each worker: about 250 bytes a word.
 
     Attributes:
-      files: evaluation sets: paths or globs of .jsonl(.gz, .zst), .json (a list, or an object of
-        lists) or .parquet files.
+      files: evaluation sets: paths or globs of .jsonl(.gz, .zst), .json (a list of items, or an
+        object of lists or objects) or .parquet files.
       keys: fields whose texts count; () takes every text of an item.
       ngram: words of an n-gram.
       min_words: texts of fewer than `ngram` words, but at least so many, must occur as a whole;
@@ -120,7 +120,7 @@ def _texts(step: Decontaminate) -> Iterator[tuple[str, str]]:
     field = "Decontaminate.files"
     for name in expand(step.files, field):
         short = name.rsplit("/", 1)[-1]
-        for number, item in enumerate(_items(name, field), 1):
+        for number, item in enumerate(_items(name, field, step.keys), 1):
             if step.keys and isinstance(item, Mapping):
                 missing = [key for key in step.keys if key not in item]
                 if missing:
@@ -132,7 +132,7 @@ def _texts(step: Decontaminate) -> Iterator[tuple[str, str]]:
                 yield f"{short}:{number}", text
 
 
-def _items(name: str, field: str) -> Iterator[Any]:
+def _items(name: str, field: str, keys: tuple[str, ...]) -> Iterator[Any]:
     if name.endswith(".json"):
         try:
             with storage.open_binary(name, field) as file:
@@ -140,10 +140,7 @@ def _items(name: str, field: str) -> Iterator[Any]:
         except (OSError, ValueError):
             whole = None  # perhaps lines of JSON under this name
         if whole is not None:
-            lists = (
-                [v for v in whole.values() if isinstance(v, list)] if _is_map(whole) else [whole]
-            )
-            yield from (item for part in lists for item in part) if lists else [whole]
+            yield from _items_of(whole, keys)
             return
     for row in formats.read(name, field):
         if isinstance(row, Problem):
@@ -151,8 +148,24 @@ def _items(name: str, field: str) -> Iterator[Any]:
         yield row.fields
 
 
-def _is_map(value: Any) -> bool:
-    return isinstance(value, Mapping)
+def _items_of(whole: Any, keys: tuple[str, ...]) -> Iterator[Any]:
+    """Items of a JSON file: of a list; of an object, those of its lists of objects and its objects,
+    and what else it holds as one more item. An object that has `keys` is one item itself."""
+    if isinstance(whole, list):
+        yield from whole
+    elif not isinstance(whole, Mapping) or (keys and all(key in whole for key in keys)):
+        yield whole
+    else:
+        rest = {}
+        for name, value in whole.items():
+            if isinstance(value, Mapping):
+                yield value
+            elif isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+                yield from value
+            else:
+                rest[name] = value
+        if rest and not keys:
+            yield rest
 
 
 def _leaves(value: Any) -> Iterator[str]:

@@ -21,7 +21,7 @@ from lemur_jax.config import ConfigError
 from lemur_jax.data.cleaning.duplicates import CorpusStep
 from lemur_jax.data.cleaning.steps import Apply, DocumentStep, Removal
 from lemur_jax.data.files import Document
-from lemur_jax.data.reading.lines import read_jsonl
+from lemur_jax.data.reading.lines import read_jsonl, zstandard_for
 from lemur_jax.data.reading.records import ReadReport
 from lemur_jax.data.reading.rows import Row
 from lemur_jax.data.sources import Shard, SourceConfig, read_shard
@@ -117,15 +117,15 @@ def run(task: ShardTask) -> dict[str, Any]:
 
 
 def _run(task: ShardTask) -> dict[str, Any]:
-    import zstandard
-
+    zstandard = zstandard_for(task.work, "CleanConfig.path")
     report, before = ReadReport(), StepCounts()
     steps = [StepCounts() for _ in task.steps]
     applies = [_started(step) for step in task.steps]
     sign = _signer(task.sign) if task.sign else None
+    compressor = zstandard.ZstdCompressor(3, write_checksum=True)
     documents, total = 0, 0
     with (
-        zstandard.open(task.file("jsonl.zst"), "wb", cctx=zstandard.ZstdCompressor(3)) as out,
+        zstandard.open(task.file("jsonl.zst"), "wb", cctx=compressor) as out,
         open(task.file("signatures"), "wb") as signatures,
     ):
         for document in _input(task, report, before):

@@ -15,8 +15,9 @@ def units(
 ) -> list[tuple[int, tuple[int, int] | None]]:
     """[(bytes, units)] of the shards of a file or data set; units None means all of it.
 
-    Parquet is cut between row groups, ArrayRecord and TFDS between records, a stream between its
-    own shards; other formats must be read from their beginning.
+    Parquet is cut between row groups, uncompressed .jsonl between lines, ArrayRecord and TFDS
+    between records, a stream between its own shards; other formats must be read from their
+    beginning.
     """
     format = format or patterns.format_of(path)
     if format == "tfds":
@@ -28,11 +29,18 @@ def units(
         return [(total, None)]
     if format == "parquet":
         return _groups(_columns.row_group_bytes(path, field), bytes_per_shard) or [(total, None)]
+    parts = -(-total // bytes_per_shard)
+    if format == "jsonl" and not path.endswith((".gz", ".zst")):
+        return [(b - a, (a, b)) for a, b in _even(total, parts)]
     if format == "array_record" and (records := examples.count_array_records(path, field)):
-        parts = min(records, -(-total // bytes_per_shard))
-        cuts = [records * part // parts for part in range(parts + 1)]
-        return [(total // parts, cut) for cut in itertools.pairwise(cuts)]
+        parts = min(records, parts)
+        return [(total // parts, cut) for cut in _even(records, parts)]
     return [(total, None)]
+
+
+def _even(total: int, parts: int) -> Iterator[tuple[int, int]]:
+    """[first, last + 1) of `parts` about equal parts of range(total)."""
+    return itertools.pairwise([total * part // parts for part in range(parts + 1)])
 
 
 def _groups(sizes: Sequence[int], bytes_per_shard: int) -> list[tuple[int, tuple[int, int]]]:
@@ -56,7 +64,7 @@ def read(
     """Rows of a shard as `units` cut it. `columns` spares columnar formats the others' bytes."""
     match format or patterns.format_of(path):
         case "jsonl":
-            return lines.read_jsonl(path, field)
+            return lines.read_jsonl(path, field, units)
         case "text":
             return lines.read_text(path, field, lines_per_document)
         case "parquet":

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from lemur_jax.config import ConfigError
 from lemur_jax.data.reading import storage
 from lemur_jax.data.reading.rows import Problem, Row, unreadable
 
@@ -12,16 +13,45 @@ _CHUNK = 1 << 20
 DAMAGE = (OSError, EOFError, zlib.error)  # what a broken file raises; zlib.error is no OSError
 
 
-def read_jsonl(path: str, field: str) -> Iterator[Row | Problem]:
-    """Records of a .jsonl file, compressed or not; blank lines are no records."""
+def read_jsonl(
+    path: str, field: str, units: tuple[int, int] | None = None
+) -> Iterator[Row | Problem]:
+    """Records of a .jsonl file, compressed or not; blank lines are no records.
+
+    Args:
+      units: of an uncompressed file: [first, last + 1) bytes; lines that begin there are read, and
+        are numbered by the byte at which they begin, since nobody has counted those before.
+    """
+    if units is not None:
+        yield from _read_bytes(path, field, *units)
+        return
     number = 0
     try:
         for line in _lines(_chunks(path, field)):
             number += 1
             if line.strip():
-                yield _record(line, number)
+                yield _record(line, number, f"line {number}")
     except DAMAGE as error:
         yield unreadable(error, f"line {number}" if number else "")
+
+
+def _read_bytes(path: str, field: str, start: int, stop: int) -> Iterator[Row | Problem]:
+    offset = start
+    try:
+        with storage.open_binary(path, field) as file:
+            # From one byte before: a line that begins at `start` is then not the first.
+            file.seek(max(start - 1, 0))
+            lines = _lines(iter(lambda: file.read(_CHUNK), b""))
+            if start:
+                offset += len(next(lines, b""))  # the end of a line of the shard before
+            for line in lines:
+                if offset >= stop:
+                    return
+                if line.strip():
+                    yield _record(line, offset, f"the line at byte {offset}")
+                offset += len(line) + 1
+    except DAMAGE as error:
+        yield unreadable(error, f"byte {offset}")
 
 
 def read_text(
@@ -30,7 +60,7 @@ def read_text(
     """A plain file as one document, or as one for every `lines_per_document` lines."""
     try:
         if lines_per_document is None:
-            yield _text(b"".join(_chunks(path, field)), 0, "line 1")
+            yield _text(b"".join(_chunks(path, field)), None, "line 1")
             return
         held, first = [], 1
         for number, line in enumerate(_lines(_chunks(path, field)), 1):
@@ -44,13 +74,12 @@ def read_text(
         yield unreadable(error)
 
 
-def _text(data: bytes, number: int, place: str) -> Row | Problem:
+def _text(data: bytes, number: int | None, place: str) -> Row | Problem:
     decoded = _decode(data, place)
     return decoded if isinstance(decoded, Problem) else Row(place, number, {"text": decoded})
 
 
-def _record(line: bytes, number: int) -> Row | Problem:
-    place = f"line {number}"
+def _record(line: bytes, number: int, place: str) -> Row | Problem:
     text = _decode(line, place)
     if isinstance(text, Problem):
         return text
@@ -98,14 +127,24 @@ def _chunks(path: str, field: str) -> Iterator[bytes]:
         if path.endswith(".gz"):
             yield from _frames(file, lambda: zlib.decompressobj(wbits=31))
         elif path.endswith(".zst"):
-            yield from _zstd(file)
+            yield from _zstd(file, zstandard_for(path, field))
         else:
             yield from iter(lambda: file.read(_CHUNK), b"")
 
 
-def _zstd(file: BinaryIO) -> Iterator[bytes]:
-    import zstandard
+def zstandard_for(path: str, field: str) -> Any:
+    """The module zstandard. Raises ConfigError with how to install it when it is not there."""
+    try:
+        import zstandard
 
+        return zstandard
+    except ImportError as error:
+        raise ConfigError(
+            [f"{field}={path!r} needs zstandard ({error}): pip install zstandard"]
+        ) from error
+
+
+def _zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
     try:
         yield from _frames(file, lambda: zstandard.ZstdDecompressor().decompressobj())
     except zstandard.ZstdError as error:

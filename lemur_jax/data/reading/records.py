@@ -138,7 +138,7 @@ def _document(row: Row, label: str, rules: Rules) -> Document | Problem | None:
             )
     name = fields.get("path")
     name = name.decode("utf-8", "replace") if isinstance(name, bytes) else name
-    place = f"{label}:{row.number}" if row.number else label
+    place = label if row.number is None else f"{label}:{row.number}"
     return Document(text, str(name) if name else place, split, _meta(fields, rules))
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One record: `place` is "line 3" or "record 3"; `number` is 0 for a whole plain file."""
+    """One record: `place` is "line 3" or "record 3"; `number` is None for a whole file."""
 
     place: str
-    number: int
+    number: int | None
     fields: Mapping[str, Any]
 
 
