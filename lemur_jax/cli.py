@@ -133,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="SRC: run, checkpoint, Hugging Face directory (safetensors or .bin), Meta's or "
         "EasyLM's weights; DST: new directory. Or the word verify and two models",
     )
-    convert.add_argument("--to", choices=("hf", "lemur", "easylm"), help="default: lemur, or hf")
+    convert.add_argument(
+        "--to", choices=("hf", "lemur", "easylm", "peft"), help="default: lemur, or hf"
+    )
     convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     convert.add_argument("--max_ram", default="4GiB", help="memory that it may take (4GiB)")
     convert.add_argument(
@@ -150,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         "--new_rows", choices=("mean", "zeros"), default="mean", help="what new rows hold"
     )
     convert.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
+    convert.add_argument(
+        "--base", metavar="MODEL", help="under PEFT's adapters; with --to=peft what they call it"
+    )
     convert.add_argument("--process", type=int, default=0, help="number of this one, from 0")
     convert.add_argument("--processes", type=int, default=1, help="that share the work")
     convert.add_argument("--dry_run", action="store_true", help="print the plan, then stop")
@@ -171,6 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     sample = command("sample", _sample, "generate text from a run, checkpoint or HF directory")
     sample.add_argument("path", metavar="PATH")
     sample.add_argument("--prompt", help="text to continue")
+    sample.add_argument(
+        "--chat", action="store_true", help="the prompt is a user's message; ends with the answer"
+    )
+    sample.add_argument("--system", metavar="TEXT", help="message of the system, with --chat")
     sample.add_argument("--input", metavar="F.jsonl", help='one {"prompt": ...} a line')
     sample.add_argument("--output", metavar="G.jsonl", help="where the answers to --input go")
     sample.add_argument("--max_new_tokens", type=int, default=128)
@@ -250,9 +259,10 @@ def _dry_run(run, text: str) -> None:
 
     from lemur_jax import sharding
     from lemur_jax.train import programs
+    from lemur_jax.train.epochs import with_steps
     from lemur_jax.train.estimate import estimate
 
-    console = Console()
+    console, run = Console(), with_steps(run)
     console.print(text, markup=False, highlight=False)
     free = -1 in dataclasses.astuple(run.mesh)
     mesh = sharding.resolve_mesh(run.mesh, jax.device_count()) if free else run.mesh
@@ -303,6 +313,9 @@ def _plan(options: argparse.Namespace, bindings: list[str]) -> int:
     run, _ = settings.load(
         config.TrainConfig, options.gin_file, bindings, config_classes(), command.UNUSED
     )
+    if run.epochs is not None:  # of a data set that need not be there; days scale with the steps
+        print(f"lemur: note: epochs={run.epochs} planned as 1000 steps", file=sys.stderr)
+        run = dataclasses.replace(run, steps=1000, epochs=None)
     paths = {name: getattr(options, name) for name in ("json", "save", "cache", "output")}
     looking = ("search", "search_minutes", "jobs", "host_gib_per_s")
     asked = command.Options(
@@ -337,6 +350,8 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     source, target = options.paths
     kind = recognise(source)
     to = options.to or ("hf" if kind == "lemur" else "lemur")
+    if to == "peft":
+        return _export_peft(source, target, options)
     tokens = (options.add_tokens or "").split(",") if options.add_tokens else []
     tokens = CHATML if tokens == ["chatml"] else tuple(tokens)
     changed = (options.dtype, options.mesh, options.vocab_size, *tokens)
@@ -355,6 +370,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
             vocab_size=options.vocab_size,
             new_rows=options.new_rows,
             max_positions=options.max_positions,
+            base=options.base,
             process=options.process,
             processes=options.processes,
         ),
@@ -365,6 +381,18 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         return 0
     if kind == "hf" and to == "lemur":
         _note_tokenizer(source)
+    print(f"wrote {target}")
+    return 0
+
+
+def _export_peft(source: str, target: str, options: argparse.Namespace) -> int:
+    from lemur_jax.convert.model import open_source
+    from lemur_jax.convert.peft import export_peft
+
+    refused = ("dtype", "mesh", "add_tokens", "vocab_size", "dry_run")
+    if given := [f"--{name}" for name in refused if getattr(options, name)]:
+        raise UsageError(f"--to=peft writes adapters as they are: remove {', '.join(given)}")
+    export_peft(open_source(source), target, options.base)
     print(f"wrote {target}")
     return 0
 
@@ -442,6 +470,8 @@ def _sample(options: argparse.Namespace, _: list[str]) -> int:
         raise UsageError("give --prompt=TEXT or --input=F.jsonl, one of them")
     if (options.input is None) != (options.output is None):
         raise UsageError("--input and --output go together")
+    if options.system is not None and not options.chat:
+        raise UsageError("--system needs --chat")
     from lemur_jax.sample.request import Request
     from lemur_jax.sample.sampler import Sampler
 
@@ -454,18 +484,26 @@ def _sample(options: argparse.Namespace, _: list[str]) -> int:
     } | {"stop": tuple(options.stop)}
     first = Request(prompt=options.prompt or "", **fields)  # bad flags, before the weights load
     sampler = Sampler.load(options.path, dtype=options.dtype)
+    prepare = None
+    if options.chat:
+        from lemur_jax.sample.chat import as_chat
+
+        prepare = as_chat(sampler.tokenizer, options.system)
     if options.input is not None:
         from lemur_jax.sample.batch import sample_file
 
         def show(done: int, total: int) -> None:
             print(f"lemur: {done} of {total} lines", file=sys.stderr)
 
-        made = sample_file(sampler, options.input, options.output, fields, show)
+        made = sample_file(sampler, options.input, options.output, fields, show, prepare)
         print(
             f"wrote {options.output}: {made.sampled} lines, {made.new_tokens} new tokens"
             + (f"; {made.kept} lines were there already" if made.kept else "")
         )
         return 0
+    shown = options.prompt
+    if prepare is not None:
+        first, shown = prepare(first), ""  # an answer stands alone
     start = time.perf_counter()
     completions = []
     if options.no_stream or options.n > 1:
@@ -473,9 +511,9 @@ def _sample(options: argparse.Namespace, _: list[str]) -> int:
         for done in completions:
             if options.n > 1:
                 print(f"--- sample {done.sample}")
-            print(options.prompt + done.text)
+            print(shown + done.text)
     else:
-        print(options.prompt, end="", flush=True)
+        print(shown, end="", flush=True)
         for piece in sampler.stream(first):
             print(piece.text, end="", flush=True)
             if piece.completion is not None:

@@ -32,8 +32,12 @@ def add(
     tokenizer.add_argument("--vocab_size", type=int, default=8192)
     build = command("build", _data_build, "tokenise and pack a mixture into rows", steps)
     gin(build)
+    chat = command("chat", _data_chat, "render and pack conversations, with a loss mask", steps)
+    gin(chat)
     verify = command("verify", _data_verify, "read a data set again and compare digests", steps)
     verify.add_argument("path", metavar="DIR", help="of `lemur data build`")
+    clean = command("clean", _data_clean, "remove duplicates, secrets, contaminated text...", steps)
+    gin(clean)
     inspect = command("inspect", _data_inspect, "show packed rows: documents and masks", steps)
     inspect.add_argument("path", metavar="DIR", help="of `lemur data build`")
     inspect.add_argument("--source", help="default: each of them")
@@ -104,6 +108,16 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
     return 0
 
 
+def _data_chat(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import settings
+    from lemur_jax.data.chat import build, clean, config
+
+    classes = [config.ChatBuildConfig, config.ChatSourceConfig, *clean.STEPS]
+    loaded, _ = settings.load(config.ChatBuildConfig, options.gin_file, bindings, classes)
+    build.build(loaded)
+    return 0
+
+
 def _data_verify(options: argparse.Namespace, _: list[str]) -> int:
     from lemur_jax.data import manifest
 
@@ -114,6 +128,17 @@ def _data_verify(options: argparse.Namespace, _: list[str]) -> int:
     fix = "; remove the damaged parts and run `lemur data build` again" if damaged else ""
     print(f"{len(found) - len(damaged)} of {len(found)} parts are as the manifest says{fix}")
     return 1 if damaged else 0
+
+
+def _data_clean(options: argparse.Namespace, bindings: list[str]) -> int:
+    from lemur_jax import settings
+    from lemur_jax.data.cleaning import clean
+    from lemur_jax.data.sources import SourceConfig
+
+    classes = [clean.CleanConfig, SourceConfig, *clean.STEPS]
+    config, _ = settings.load(clean.CleanConfig, options.gin_file, bindings, classes)
+    clean.clean(config)
+    return 0
 
 
 def _data_inspect(options: argparse.Namespace, _: list[str]) -> int:

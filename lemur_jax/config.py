@@ -476,19 +476,81 @@ class EvaluationConfig:
         _raise_if(_not_negative(self, "steps_per_evaluation") + _positive(self, "batches"))
 
 
+# Our name of a layer's matrix -> Hugging Face's, by which PEFT names what it adapts.
+LORA_TARGETS = {
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "w_gate": "gate_proj",
+    "w_up": "up_proj",
+    "w_down": "down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv:2106.09685): x W becomes x W + alpha/rank (x A) B, W frozen.
+
+    The defaults are those of Lemur-Chat's training script. There is no dropout.
+
+    Attributes:
+      rank: columns of A and rows of B.
+      alpha: numerator of the adapters' scale.
+      targets: the adapted matrices of every layer, by our names (wq) or by Hugging Face's (q_proj).
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
+
+    def __post_init__(self):
+        problems = _positive(self, "rank")
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
+            problems.append(f"LoraConfig.alpha={self.alpha!r} must be a positive number")
+        asked = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        ours = {theirs: ours for ours, theirs in LORA_TARGETS.items()}
+        found = [ours.get(name, name) for name in asked]
+        legal = ", ".join(f"{a} ({b})" for a, b in LORA_TARGETS.items())
+        problems += [
+            f"LoraConfig.targets has {name!r}, which is unknown; legal: {legal}"
+            for name in found
+            if name not in LORA_TARGETS
+        ]
+        problems += [
+            f"LoraConfig.targets names {name!r} twice: keep one"
+            for name in LORA_TARGETS
+            if found.count(name) > 1
+        ]
+        if not asked:
+            problems.append(f"LoraConfig.targets=() adapts nothing; legal: {legal}")
+        _raise_if(problems)
+        in_order = tuple(name for name in LORA_TARGETS if name in found)
+        object.__setattr__(self, "targets", in_order)
+
+    @property
+    def scale(self) -> float:
+        """What (x A) B is multiplied by."""
+        return self.alpha / self.rank
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run.
 
     Attributes:
       run_dir: everything the run writes: config.gin, checkpoints/, events, metrics.jsonl, plots.
-      steps: optimizer steps in all.
+      steps: optimizer steps in all; 0 when `epochs` says it.
+      epochs: instead of steps: each training row is read exactly so often. Steps are then epochs x
+        rows / batch_size (train/epochs.py), of a data set with one source.
       micro_batches: M; each step sums the gradients of M equal parts of the global batch.
       explicit_gradients: writes the gathers of weights and the reduce-scatters of their gradients
         out instead of leaving them to the compiler. The same numbers; on a pod of TPUs half the
         bytes of gradients (docs/plan.md). Needs MeshConfig.tensor = 1.
       init_from: a run, checkpoint or Hugging Face directory to take the parameters from when the
         run has no checkpoint of its own; None starts from random weights.
+      lora: train adapters alone (TrainConfig.lora = @LoraConfig()), on the frozen weights of
+        `init_from`; None trains every weight.
       seed: of the parameter initialisation.
       steps_per_log: steps between lines of metrics.
       compiler_options: XLA's, "name=value" each, for the step and the evaluation. Values are
@@ -500,6 +562,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    epochs: int | None = None
     mesh: MeshConfig = MeshConfig()
     loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -507,12 +570,13 @@ class TrainConfig:
     micro_batches: int = 1
     explicit_gradients: bool = False
     init_from: str | None = None
+    lora: LoraConfig | None = None
     seed: int = 0
     steps_per_log: int = 10
     compiler_options: tuple[str, ...] = ()
 
     def __post_init__(self):
-        problems = _positive(self, "steps", "micro_batches", "steps_per_log")
+        problems = _positive(self, "micro_batches", "steps_per_log") + self._length()
         names = [option.partition("=")[0] for option in self.compiler_options]
         for option, name in zip(self.compiler_options, names):
             if not name or "=" not in option:
@@ -540,18 +604,35 @@ class TrainConfig:
                 f"TrainConfig.explicit_gradients needs MeshConfig.tensor=1, not "
                 f"{self.mesh.tensor}: turn one of them off"
             )
-        if self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
+        if self.lora is not None and self.init_from is None:
+            problems.append(
+                "TrainConfig.lora needs TrainConfig.init_from: adapters change trained weights, "
+                "random ones stay random; give a run, checkpoint or Hugging Face directory"
+            )
+        known = self.epochs is None  # else checked again when the data set has said how many
+        if known and self.optimizer.warmup_steps >= self.steps and self.optimizer.warmup_steps:
             problems.append(
                 f"OptimizerConfig.warmup_steps={self.optimizer.warmup_steps} must be smaller than "
                 f"TrainConfig.steps={self.steps}"
             )
         decay = self.optimizer.decay_steps or 0
-        if self.optimizer.warmup_steps + decay > self.steps and decay:
+        if known and self.optimizer.warmup_steps + decay > self.steps and decay:
             problems.append(
                 f"OptimizerConfig.warmup_steps + decay_steps = "
                 f"{self.optimizer.warmup_steps + decay} exceeds TrainConfig.steps={self.steps}"
             )
         _raise_if(problems)
+
+    def _length(self) -> list[str]:
+        if self.epochs is None:
+            return _positive(self, "steps")
+        problems = _positive(self, "epochs")
+        if self.steps:
+            problems.append(
+                f"TrainConfig.steps={self.steps} and epochs={self.epochs} both say when the run "
+                "ends: set steps=0, or epochs=None"
+            )
+        return problems
 
 
 def model_config(stored: dict[str, Any]) -> ModelConfig:
@@ -569,3 +650,18 @@ def model_config(stored: dict[str, Any]) -> ModelConfig:
     for field in ("remat_saved", "remat_offloaded"):  # JSON has no tuples
         stored[field] = tuple(stored.get(field, ()))
     return ModelConfig(**stored)
+
+
+def lora_config(stored: dict[str, Any] | None) -> LoraConfig | None:
+    """LoraConfig from what a checkpoint's manifest says of its adapters; None: it has none.
+
+    Raises:
+      ConfigError: a key that this version does not know.
+    """
+    if stored is None:
+        return None
+    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    unknown = sorted(set(stored) - known)
+    if unknown:
+        raise ConfigError([f"stored lora config has unknown fields: {', '.join(unknown)}"])
+    return LoraConfig(**stored | {"targets": tuple(stored["targets"])})

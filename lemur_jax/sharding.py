@@ -33,6 +33,7 @@ TABLE: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "lora_rank": None,  # a few columns; the other side of an adapter lies as its weight does
     # The embedding table is looked up, not multiplied. Sharded over its vocabulary like the head,
     # or looked up while its columns lie on the axis that splits the batch, XLA falls back to a
     # full rematerialisation; so its columns are gathered over fsdp first, as any weight's are.

@@ -53,13 +53,24 @@ def open_array(item_dir: epath.Path, name: str, context: tensorstore.Context | N
 def kvstore(item_dir: epath.Path, name: str) -> Any:
     """Where an array's keys are: in Orbax's database, or each in a file of its own (convert)."""
     if (item_dir / "manifest.ocdbt").exists():
-        return {"driver": "ocdbt", "base": directory_url(item_dir), "path": f"{name}/"}
-    return f"{directory_url(item_dir)}{name}/"
+        return {"driver": "ocdbt", "base": location(item_dir), "path": f"{name}/"}
+    return location(item_dir / name)
 
 
-def directory_url(path: epath.Path) -> str:
-    """As TensorStore wants it: with a scheme and a slash at the end."""
-    return f"{path}/" if "://" in str(path) else f"file://{os.path.abspath(path)}/"
+def location(path: epath.Path) -> Any:
+    """A directory as TensorStore names it, with a slash at the end: local, gs:// or s3://.
+
+    AWS_ENDPOINT_URL(_S3), AWS's own variables for stores that speak S3, are not known to it.
+    """
+    if "://" not in str(path):
+        return f"file://{os.path.abspath(path)}/"
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    if str(path).startswith("s3://") and endpoint:
+        bucket, _, key = str(path).removeprefix("s3://").partition("/")
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
+        own = {"endpoint": endpoint, "aws_region": region}
+        return {"driver": "s3", "bucket": bucket, "path": f"{key}/"} | own
+    return f"{path}/"
 
 
 def _check_index(item_dir: epath.Path, entries: Mapping[str, ArrayEntry]) -> None:

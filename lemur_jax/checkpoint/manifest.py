@@ -5,6 +5,7 @@ Needs neither JAX nor Orbax.
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,11 @@ from typing import Any
 from etils import epath
 
 from lemur_jax.errors import LemurError
+
+# gs:// and s3:// through gcsfs and s3fs. With TensorFlow installed (SeqIO brings it) epath would
+# import it, which takes seconds and knows no s3://.
+os.environ.setdefault("EPATH_USE_TF", "false")
+_PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,8 +69,23 @@ class Manifest:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """`path` from the root if it is local: Orbax and TensorStore know no working directory."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+    """`path` from the root if it is local: Orbax and TensorStore know no working directory.
+
+    Raises:
+      CheckpointError: an object store that we do not know, or whose package is not installed.
+    """
+    if "://" not in str(path):
+        return epath.Path(os.path.abspath(path))
+    scheme = str(path).split("://")[0]
+    if scheme not in _PACKAGES:
+        legal = ", ".join(f"{name}://" for name in _PACKAGES)
+        raise CheckpointError(f"{path}: {scheme}:// is not known; legal: {legal} and local paths")
+    if importlib.util.find_spec(_PACKAGES[scheme]) is None:
+        raise CheckpointError(
+            f"{path}: {scheme}:// needs the package {_PACKAGES[scheme]}: "
+            f"pip install {_PACKAGES[scheme]}"
+        )
+    return epath.Path(path)
 
 
 def step_of(path: epath.Path) -> int | None:
@@ -81,7 +102,7 @@ def complete_steps(directory: epath.PathLike) -> list[int]:
     """Steps of the complete checkpoints in `directory`, ascending; [] if it does not exist."""
     found = [
         step_of(path)
-        for path in list_directory(epath.Path(directory))
+        for path in list_directory(absolute(directory))
         if step_of(path) is not None and (path / MANIFEST).exists()
     ]
     return sorted(step for step in found if step is not None)

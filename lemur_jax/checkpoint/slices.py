@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from lemur_jax.checkpoint.items import directory_url
+from lemur_jax.checkpoint.items import location
 from lemur_jax.checkpoint.manifest import (
     MANIFEST,
     ArrayEntry,
@@ -55,7 +55,7 @@ def create_array(
     """
     spec = {
         "driver": "zarr",
-        "kvstore": f"{directory_url(absolute(item_dir))}{name}/",
+        "kvstore": location(absolute(item_dir) / name),
         # A chunk of zeros is a chunk: one that lacks was lost.
         "store_data_equal_to_fill_value": True,
         "metadata": {

@@ -12,6 +12,7 @@ from etils import epath
 
 from lemur_jax import checkpoint
 from lemur_jax.convert import engine, targets
+from lemur_jax.convert.adapted import adapted_in, origin
 from lemur_jax.convert.chunks import ChunksTarget
 from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place
 from lemur_jax.convert.errors import ConversionError
@@ -64,7 +65,10 @@ def convert(
         )
     check_new(destination)
     source: Source = open_source(
-        source_path, mixed=options.dtype, max_positions=options.max_positions
+        source_path,
+        mixed=options.dtype,
+        max_positions=options.max_positions,
+        base=options.base,
     )
     if options.add_tokens or options.vocab_size is not None:
         source = resize(
@@ -85,12 +89,13 @@ class _Job:
         self.destination = destination
         self.remote = "://" in str(destination)
         if self.remote:
-            self.partial = epath.Path(destination)
+            self.partial = checkpoint.absolute(destination)
             self.journal = self.partial / "convert.journal"
         else:
             self.partial = partial_of(Path(destination))
             self.journal = journal_of(Path(destination))
-        self.step = source.manifest.step if isinstance(source, OurSource) else 0
+        self.origin = origin(source)
+        self.step = self.origin.manifest.step if isinstance(self.origin, OurSource) else 0
         self.leaves = [
             Leaf(
                 name,
@@ -181,10 +186,11 @@ class _Job:
         options = dataclasses.asdict(self.options)
         for name in ("process", "timeout_seconds"):
             del options[name]
-        origin = getattr(self.source, "source", self.source)
-        where = origin.step_dir if isinstance(origin, OurSource) else origin.path
+        below, adapted = self.origin, adapted_in(self.source)
+        where = below.step_dir if isinstance(below, OurSource) else below.path
         content = {
-            "source": os.path.abspath(origin.path) if "://" not in origin.path else origin.path,
+            "source": os.path.abspath(below.path) if "://" not in below.path else below.path,
+            "adapters": adapted and [adapted.adapters_path, identity(adapted.adapters_path)],
             "source_files": identity(where),
             "plan": self.plan.digest(),
             **{f"--{name}": value for name, value in options.items()},
@@ -234,8 +240,8 @@ class _Job:
                 about["hf_extras"]["config"] = config_to_hf(
                     self.config, extras["config"], self.options.dtype
                 )
-        if isinstance(self.source, OurSource):
-            fingerprint = self.source.manifest.about.get("tokenizer_fingerprint")
+        if isinstance(self.origin, OurSource):
+            fingerprint = self.origin.manifest.about.get("tokenizer_fingerprint")
             about |= {"tokenizer_fingerprint": fingerprint} if fingerprint else {}
         checkpoint.finish_step(
             self.partial / str(self.step), self.step, entries, about, self.source.files()

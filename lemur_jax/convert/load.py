@@ -9,16 +9,16 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from lemur_jax import checkpoint
-from lemur_jax.config import ModelConfig, model_config
+from lemur_jax.config import ModelConfig, lora_config, model_config
+from lemur_jax.convert.adapted import ADAPTERS
 from lemur_jax.convert.cast import cast
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import COMPUTATION
 from lemur_jax.convert.model import open_source
-from lemur_jax.convert.ours import PREFIX
+from lemur_jax.convert.ours import PREFIX, check_padding
 from lemur_jax.convert.recognise import recognise, step_directory
-from lemur_jax.model import param
+from lemur_jax.model import lora, param
 from lemur_jax.model.decoder import Decoder, abstract
-from lemur_jax.sharding import padded_vocab
 
 # What may differ between the config asked for and the stored one: how to compute and to initialise.
 _FREE = (*COMPUTATION, "initializer_range")
@@ -45,7 +45,8 @@ def load_model(
       CheckpointError: a checkpoint of ours is incomplete or damaged.
     """
     if recognise(path) == "lemur":
-        return _from_checkpoint(step_directory(path), mesh, config)
+        model, step_dir = _from_checkpoint(step_directory(path), mesh, config)
+        return _with_adapters(model, step_dir, mesh), step_dir
     return _from_files(Path(path), mesh, config)
 
 
@@ -56,7 +57,7 @@ def _from_files(
     if config is not None:
         _check_same(path, hf.config, config)
         hf = hf.with_config(config)  # pads the vocabulary as asked
-    targets = _targets(hf.config, mesh)
+    targets = _targets(abstract(hf.config), mesh)
     flat = {}
     for name, target in targets.items():
         leaf = cast(hf.read(name), target.dtype, name)
@@ -75,34 +76,48 @@ def _from_checkpoint(
     stored = model_config(manifest.about["model"])
     config = stored if config is None else config
     _check_same(step_dir, stored, config)
-    if padded_vocab(stored) != padded_vocab(config):
-        raise ConversionError(
-            [
-                f"{step_dir} holds {padded_vocab(stored)} vocabulary rows, "
-                f"ModelConfig.vocab_multiple={config.vocab_multiple} asks for "
-                f"{padded_vocab(config)}: set it to {stored.vocab_multiple}"
-            ]
-        )
-    targets = _targets(config, mesh)
+    check_padding(step_dir, stored, config)
+    model = abstract(config)
+    flat = _restore(step_dir, manifest, PREFIX, _targets(model, mesh))
+    return param.unflatten(model, flat), step_dir
+
+
+def _with_adapters(model: Decoder, step_dir: os.PathLike, mesh: Mesh | None) -> Decoder:
+    """The model with the adapters of its checkpoint added to its weights, if it has any."""
+    manifest = checkpoint.describe(step_dir)
+    config = lora_config(manifest.about.get("lora"))
+    if config is None:
+        return model
+    like = lora.abstract(config, model.config)
+    flat = _restore(step_dir, manifest, f"{ADAPTERS}/", _targets(like, mesh))
+    return jax.jit(lora.merge, donate_argnums=0)(model, param.unflatten(like, flat))
+
+
+def _restore(
+    step_dir: os.PathLike,
+    manifest: checkpoint.Manifest,
+    prefix: str,
+    targets: dict[str, jax.ShapeDtypeStruct],
+) -> dict[str, jax.Array]:
+    """The arrays whose stored names are `prefix` and a target's, in the targets' dtypes."""
     flat = {}
     for name, target in targets.items():
-        entry = manifest.arrays.get(PREFIX + name)
+        stored_name = prefix + name
+        entry = manifest.arrays.get(stored_name)
         if entry is None:
-            raise ConversionError([f"{step_dir} lacks {PREFIX}{name}: copy it again"])
+            raise ConversionError([f"{step_dir} lacks {stored_name}: copy it again"])
         # A restore changes no dtype, so that digests can be compared; cast after it.
         as_stored = jax.ShapeDtypeStruct(
             target.shape, np.dtype(entry.dtype), sharding=target.sharding
         )
-        stored_name = PREFIX + name
         restored = checkpoint.restore(
             step_dir, (entry.item,), {stored_name: as_stored}, names=[stored_name]
         )
         flat[name] = restored[stored_name].astype(target.dtype)
-    return param.unflatten(abstract(config), flat), step_dir
+    return flat
 
 
-def _targets(config: ModelConfig, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
-    model = abstract(config)
+def _targets(model: Decoder | lora.Adapters, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     if mesh is not None:
         return param.flatten(param.abstract_with_shardings(model, mesh))
     first = SingleDeviceSharding(jax.local_devices()[0])

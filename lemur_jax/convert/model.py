@@ -13,6 +13,7 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.cast import cast
+from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.grain import Grain, of_rule
 from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.stored import JoinedTensor, Region, Shape, StoredTensor
@@ -25,7 +26,8 @@ class Source(Protocol):
 
     Attributes:
       path: where it lies.
-      format: "hf", "bin" (HF's PyTorch files), "meta", "easylm" or "lemur".
+      format: "hf", "bin" (HF's PyTorch files), "meta", "easylm" or "lemur"; of a model with
+        adapters also "... with LoRA".
       config: the model; `param_dtype` is that of the stored embedding table.
       names: of every leaf, in the order of the table.
       extras: what a config.json says beyond ModelConfig (`hf_extras` of hf.py); None: unknown.
@@ -82,32 +84,44 @@ def open_source(
     dtype: str | None = None,
     mixed: str | None = None,
     max_positions: int | None = None,
+    base: str | Path | None = None,
 ) -> Source:
     """Opens a model of any format that we read.
 
     Args:
-      path: run, checkpoint, HF directory (safetensors or .bin), directory with Meta's
-        consolidated.*.pth, or with EasyLM's streaming_params and a config.json.
+      path: run, checkpoint, HF directory (safetensors or .bin), PEFT's adapters, directory with
+        Meta's consolidated.*.pth, or with EasyLM's streaming_params and a config.json.
       dtype: cast every weight to this as it is read; None keeps each one's own.
       mixed: cast to this only the leaves that have no dtype of their own: layers of several
         dtypes, or float64.
       max_positions: of Meta's format, whose params.json does not say it.
+      base: the model under PEFT's adapters; None: the one that they name, if it lies here.
 
     Raises:
       ConversionError: not recognised, or anything that is wrong with it.
       CheckpointError: a checkpoint of ours is incomplete or damaged.
     """
-    from lemur_jax.convert import easylm, hf_source, meta, ours
+    from lemur_jax.convert import easylm, hf_source, meta, ours, peft
     from lemur_jax.convert.recognise import recognise
+    from lemur_jax.convert.unreadable import lost_tensors
 
     kind = recognise(path)
+    if kind == "peft":
+        below = peft.base_of(path) if base is None else base
+        options = {"dtype": dtype, "mixed": mixed, "max_positions": max_positions}
+        return peft.open_peft(path, open_source(below, **options))
+    if base is not None:
+        raise ConversionError([f"--base is of PEFT's adapters; {path} is {kind!r}: remove it"])
     if kind == "lemur":
         return ours.open_ours(path, dtype=dtype)
     if kind == "meta":
         return meta.open_meta(path, dtype=dtype, mixed=mixed, max_positions=max_positions)
     if kind == "easylm":
         return easylm.open_easylm(path, dtype=dtype, mixed=mixed)
-    return hf_source.open_hf(path, dtype=dtype, mixed=mixed)
+    try:
+        return hf_source.open_hf(path, dtype=dtype, mixed=mixed)
+    except ConversionError as error:
+        raise ConversionError([*error.problems, *lost_tensors(path)]) from error
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Options:
       vocab_size: rows of the result; None: as they are, or as the new tokens need.
       new_rows: "mean" or "zeros".
       max_positions: of Meta's format, which does not say it.
+      base: the model under PEFT's adapters; None: the one that they name.
       process, processes: this process, from 0, and how many share the work.
       timeout_seconds: for which processes wait for one another without seeing progress.
     """
@@ -37,6 +38,7 @@ class Options:
     vocab_size: int | None = None
     new_rows: str = "mean"
     max_positions: int | None = None
+    base: str | None = None
     process: int = 0
     processes: int = 1
     timeout_seconds: float = 1200

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lemur_jax import checkpoint
-from lemur_jax.config import ModelConfig, model_config
+from lemur_jax.config import ModelConfig, lora_config, model_config
+from lemur_jax.convert.adapted import ADAPTERS, Adapted
 from lemur_jax.convert.cast import cast, check_dtype
 from lemur_jax.convert.disk import aligned_empty
 from lemur_jax.convert.errors import ConversionError
@@ -20,8 +21,9 @@ from lemur_jax.convert.recognise import step_directory
 from lemur_jax.convert.safetensors import numpy_dtype
 from lemur_jax.convert.small_files import HF_DIR, TOKENIZER_DIR
 from lemur_jax.convert.stored import Region, Shape, StoredTensor, shape_of
-from lemur_jax.model import param
+from lemur_jax.model import lora, param
 from lemur_jax.model.decoder import abstract
+from lemur_jax.sharding import padded_vocab
 
 PREFIX = "params/"  # of the names of weights in a checkpoint
 
@@ -95,13 +97,36 @@ class OurSource:
         """As Source: of the arrays as they are stored, whatever dtype was asked for."""
         return {name: self.manifest.arrays[PREFIX + name].digest for name in self.leaves}
 
+    def with_config(self, config: ModelConfig) -> "OurSource":
+        """The same weights under another config, which must pad the vocabulary alike.
+
+        Raises:
+          ConversionError: it does not.
+        """
+        check_padding(self.step_dir, self.config, config)
+        return replace(self, config=config)
+
+    def pair(self, target: str, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """The adapters A [I..., R] and B [R, O...] of a weight of one layer."""
+        return tuple(
+            self._open_stored(f"{ADAPTERS}/layers/{target}_{side}").read(
+                (slice(layer, layer + 1), *(slice(0, n) for n in shape[1:]))
+            )[0]
+            for side, shape in ((s, self._adapter_shape(target, s)) for s in "ab")
+        )
+
+    def _adapter_shape(self, target: str, side: str) -> Shape:
+        return self.manifest.arrays[f"{ADAPTERS}/layers/{target}_{side}"].shape
+
     def _open(self, name: str) -> checkpoint.OpenArray:
-        if name not in self.opened:
-            stored = PREFIX + name
-            self.opened[name] = checkpoint.OpenArray(
+        return self._open_stored(PREFIX + name)
+
+    def _open_stored(self, stored: str) -> checkpoint.OpenArray:
+        if stored not in self.opened:
+            self.opened[stored] = checkpoint.OpenArray(
                 self.step_dir, stored, self.manifest.arrays[stored], self.context
             )
-        return self.opened[name]
+        return self.opened[stored]
 
 
 def _read_files(directory: Path, dtype: np.dtype, chunks: Shape, region: Region) -> np.ndarray:
@@ -135,8 +160,21 @@ def _read_files(directory: Path, dtype: np.dtype, chunks: Shape, region: Region)
     return aligned_empty(shape_of(region), dtype) if out is None else out
 
 
-def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:
-    """Opens a run (its newest checkpoint), a checkpoints directory or a checkpoint.
+def check_padding(path: os.PathLike, stored: ModelConfig, asked: ModelConfig) -> None:
+    """Raises ConversionError unless both configs pad the vocabulary to the same rows."""
+    if padded_vocab(stored) != padded_vocab(asked):
+        raise ConversionError(
+            [
+                f"{path} holds {padded_vocab(stored)} vocabulary rows, "
+                f"ModelConfig.vocab_multiple={asked.vocab_multiple} asks for "
+                f"{padded_vocab(asked)}: set it to {stored.vocab_multiple}"
+            ]
+        )
+
+
+def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource | Adapted:
+    """Opens a run (its newest checkpoint), a checkpoints directory or a checkpoint. Of a run with
+    LoRA it is the model with the adapters added.
 
     Raises:
       ConversionError: the checkpoint does not say which model it holds, or holds another one.
@@ -148,29 +186,34 @@ def open_ours(path: str | Path, *, dtype: str | None = None) -> OurSource:
     if "model" not in manifest.about:
         raise ConversionError([f"{step_dir} does not say which model it holds (about['model'])"])
     config = model_config(manifest.about["model"])
+    adapters = lora_config(manifest.about.get("lora"))
     leaves = {name: leaf.shape for name, leaf in param.flatten(abstract(config)).items()}
-    _check_holds(step_dir, manifest, leaves)
+    expected = {PREFIX + name: shape for name, shape in leaves.items()}
+    if adapters is not None:
+        added = param.flatten(lora.abstract(adapters, config))
+        expected |= {f"{ADAPTERS}/{name}": leaf.shape for name, leaf in added.items()}
+    _check_holds(step_dir, manifest, expected)
     config = replace(config, param_dtype=dtype or manifest.arrays[PREFIX + "table"].dtype)
     extras = manifest.about.get("hf_extras") or None
     context = checkpoint.slice_context()
-    return OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype, context)
+    found = OurSource(str(path), config, extras, step_dir, manifest, leaves, dtype, context)
+    return found if adapters is None else Adapted(found, adapters, found.pair, str(step_dir))
 
 
 def _check_holds(step_dir, manifest, leaves) -> None:
     stored = {
-        name.removeprefix(PREFIX): entry
+        name: entry
         for name, entry in manifest.arrays.items()
-        if name.startswith(PREFIX)
+        if name.startswith((PREFIX, f"{ADAPTERS}/"))
     }
-    problems = [f"{step_dir} lacks {PREFIX}{name}" for name in leaves if name not in stored]
+    problems = [f"{step_dir} lacks {name}" for name in leaves if name not in stored]
     problems += [
-        f"{step_dir} holds {PREFIX}{name}, which its model does not have"
+        f"{step_dir} holds {name}, which its model does not have"
         for name in stored
         if name not in leaves
     ]
     problems += [
-        f"{step_dir}: {PREFIX}{name} has shape {list(stored[name].shape)}, its model has "
-        f"{list(shape)}"
+        f"{step_dir}: {name} has shape {list(stored[name].shape)}, its model has {list(shape)}"
         for name, shape in leaves.items()
         if name in stored and stored[name].shape != shape
     ]

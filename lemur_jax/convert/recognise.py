@@ -7,9 +7,11 @@ from lemur_jax import checkpoint
 from lemur_jax.convert import easylm
 from lemur_jax.convert.errors import ConversionError
 
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
+
 
 def recognise(path: str | Path) -> str:
-    """Says "hf", "meta", "easylm" or "lemur", by what a path contains.
+    """Says "hf", "meta", "easylm", "peft" or "lemur", by what a path contains.
 
     A path with a scheme (gs://) is taken for ours: other formats are read from local disks only.
 
@@ -33,6 +35,8 @@ def recognise(path: str | Path) -> str:
         return "easylm"
     if any(path.glob("consolidated.*.pth")) and not any(path.glob("model*.safetensors")):
         return "meta"
+    if (path / ADAPTER_CONFIG).is_file() and not any(path.glob("model*.safetensors")):
+        return "peft"
     if (path / "config.json").is_file() or any(path.glob("model*.safetensors")):
         return "hf"
     there = sorted(child.name for child in path.iterdir())
@@ -40,8 +44,9 @@ def recognise(path: str | Path) -> str:
         [
             f"{path} is neither a checkpoint of ours (looked for {checkpoint.MANIFEST}, "
             f"{checkpoint.CHECKPOINTS}/, <step>/{checkpoint.MANIFEST}) nor a Hugging Face "
-            "directory (looked for config.json), nor Meta's (consolidated.*.pth) or EasyLM's "
-            f"({easylm.STREAM}); it holds {', '.join(there[:12]) or 'nothing'}"
+            f"directory (looked for config.json, {ADAPTER_CONFIG}), nor Meta's "
+            f"(consolidated.*.pth) or EasyLM's ({easylm.STREAM}); it holds "
+            f"{', '.join(there[:12]) or 'nothing'}"
         ]
     )
 

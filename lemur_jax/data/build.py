@@ -127,15 +127,13 @@ class BuildConfig:
 def existing(config: BuildConfig) -> dict | None:
     """Manifest of an identical, finished build at `config.path`; None when there is work to do.
 
-    There is work when the place is empty or holds an unfinished build of the same settings.
-    Raises ConfigError when it holds anything else, names every part that is damaged, and reports
-    whatever is wrong with the settings and can be known without reading all the input.
+    There is work when the place is empty, or holds an unfinished or damaged build of the same
+    settings. Raises ConfigError when it holds anything else, and for whatever is wrong with the
+    settings and can be known without reading all the input.
     """
     about, _ = manifest.plan(config, load_tokenizer(config))
     found = _found(config, about)
-    if found is not None:
-        _check_whole(config.path, found)
-    return found
+    return found if found is not None and _is_whole(config.path, found) else None
 
 
 def load_tokenizer(config: BuildConfig) -> Tokenizer:
@@ -169,6 +167,8 @@ def _found(config: BuildConfig, about: Mapping) -> dict | None:
         return None
     data = location.read(config.path, manifest.MANIFEST)
     journal = location.read(config.path, f"{manifest.JOURNAL}/build.json")
+    if data is None and journal is None and location.children(config.path) == [manifest.JOURNAL]:
+        return None  # killed in its first moments
     try:
         stored = json.loads(data or journal or b"")
         different = [name for name in about if stored.get(name) != about[name]]
@@ -176,22 +176,10 @@ def _found(config: BuildConfig, about: Mapping) -> dict | None:
         raise ConfigError([f"{where} exists and is not a data set: {fix}"]) from error
     if data is None:
         # Parts of inputs that have changed are built again: the journal has their keys.
-        different = [name for name in different if name not in ("inputs", "rates")]
+        different = [name for name in different if name not in ("inputs", "rates", "max_epochs")]
     if different:
         raise ConfigError([f"{where} was built with other {', '.join(different)}: {fix}"])
     return stored if data else None
-
-
-def _check_whole(path: str, found: Mapping) -> None:
-    problems = []
-    for source, about in found["sources"].items():
-        for split, counts in about["splits"].items():
-            try:
-                check_files(location.join(path, source, split), counts["parts"])
-            except ConfigError as error:
-                problems += error.problems
-    if problems:
-        raise ConfigError(problems)
 
 
 def build(config: BuildConfig, console: Console | None = None) -> dict:
@@ -222,7 +210,8 @@ def build(config: BuildConfig, console: Console | None = None) -> dict:
             entries = build_groups(config, planned, console)
             result = finish(config, about, entries, tokenizer)
         except BaseException:
-            _leave(config.path)
+            if found is None:
+                _leave(config.path)
             raise
     report(result, console)
     console.print(
@@ -232,8 +221,11 @@ def build(config: BuildConfig, console: Console | None = None) -> dict:
 
 
 def _is_whole(path: str, found: Mapping) -> bool:
+    """Whether every file of every part is there, in its size."""
     try:
-        _check_whole(path, found)
+        for source, about in found["sources"].items():
+            for split, counts in about["splits"].items():
+                check_files(location.join(path, source, split), counts["parts"])
     except ConfigError:
         return False
     return True

@@ -5,8 +5,12 @@ A location is a string: a local path, or `gs://bucket/path`, `s3://bucket/path`,
 stores, which write a file whole or not at all, so no second library has to know the clouds.
 """
 
+import atexit
+import concurrent.futures
+import functools
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,9 @@ _BUCKETS = {"gs": "gcs", "s3": "s3"}
 # One context for all: `memory://` lives in it. Rows read at random never repeat within an epoch,
 # so nothing is worth caching but the index of each shard.
 CONTEXT = ts.Context({"cache_pool": {"total_bytes_limit": 64 * 2**20}})
+# For many files of which none counts until `sync` has put them all on the disk.
+UNSYNCED = ts.Context({"file_io_sync": False}, parent=CONTEXT)
+_SYNC_THREADS = 16  # syncs that wait together cost the disk little more than one
 
 
 class StorageError(LemurError, OSError):
@@ -109,6 +116,43 @@ def remove(where: str | Path) -> None:
         shutil.rmtree(local(where))
     else:
         local(where).unlink(missing_ok=True)
+
+
+def sync(directory: str | Path) -> None:
+    """Waits until every file of a local directory is on the disk; StorageError when it is full."""
+    if not is_local(directory):
+        return
+    root = local(directory)
+    paths = [root / name for name in sizes(directory)]
+    folders = [root, *(path for path in root.rglob("*") if path.is_dir())]
+    with concurrent.futures.ThreadPoolExecutor(_SYNC_THREADS) as pool:
+        try:
+            list(pool.map(_sync_one, [*paths, *folders]))
+        except OSError as error:
+            raise storage_error("written", str(error.filename or root), error) from error
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@functools.cache
+def _copied(directory: str) -> Path:
+    copy = Path(tempfile.mkdtemp(prefix="lemur_copy_"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    for name in sizes(directory):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes(read(directory, name))
+    return copy
+
+
+def fetch(directory: str | Path) -> Path:
+    """A local directory with the content of a small one; a copy lives as long as the process."""
+    return local(directory) if is_local(directory) else _copied(str(directory))
 
 
 def storage_error(what: str, where: str, error: Exception) -> StorageError:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lemur_jax.config import ConfigError
@@ -26,10 +25,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 JOURNAL = "journal"
-WHOLE_BYTES = 64 * 2**20  # larger files are fingerprinted by WINDOWS of WINDOW_BYTES
-WINDOWS, WINDOW_BYTES = 16, 2**20
-# Who counts what: these decide no row, so changing them does not make another data set.
-_NOT_CONTENT = ("name", "rate", "train_files", "validation_files")
+WHOLE_BYTES = 16 * 2**20  # larger files are fingerprinted by WINDOWS of WINDOW_BYTES
+WINDOWS, WINDOW_BYTES = 16, 2**18
+# Of a SourceConfig: these decide no row.
+_NOT_CONTENT = {"name", "rate", "max_epochs", "max_bad_records", "root"}
+_NOT_CONTENT |= {"train_files", "validation_files"}  # names of this machine; shards have their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +74,18 @@ def settings_of(source: SourceConfig) -> dict[str, Any]:
     return json.loads(json.dumps(kept, default=str))
 
 
-@functools.lru_cache(maxsize=4096)
 def fingerprint(path: str) -> str:
-    """SHA-256 of a local file: of all of it, or, above 64 MiB, of its size and 16 MiB spread over
+    """SHA-256 of a local file: of all of it, or, above 16 MiB, of its size and 4 MiB spread over
     it (a corpus of terabytes must not be read twice); '' for what is not a local file."""
     if not location.is_local(path) or not os.path.isfile(path):
         return ""
-    size = os.path.getsize(path)
+    stat = os.stat(path)
+    return _hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash(path: str, size: int, modified: int) -> str:
+    del modified  # a part of the cache's key: shards of one file share its hash
     with open(path, "rb") as file:
         if size <= WHOLE_BYTES:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -93,7 +98,6 @@ def fingerprint(path: str) -> str:
 
 def inputs(source: SourceConfig, found: Sequence[Shard]) -> dict[str, Any]:
     """Settings of a source, and name -> [bytes, fingerprint] of each of its shards."""
-    fingerprint.cache_clear()  # a file may have changed since the last build of this process
     named = {shard.name: [shard.bytes, fingerprint(shard.path)] for shard in found}
     return {"settings": settings_of(source), "shards": named}
 
@@ -125,7 +129,7 @@ def groups(
 def plan(
     config: "BuildConfig", tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], dict[str, list[Group]]]:
-    """(identity with "inputs" and "rates", groups of each source) of a build."""
+    """(identity with "inputs", "rates", "max_epochs"; groups of each source) of a build."""
     about = identity(config, tokenizer)
     made, of_sources = {}, {}
     for source in config.sources:
@@ -133,7 +137,9 @@ def plan(
         of_sources[source.name] = inputs(source, found)
         made[source.name] = groups(source, found, of_sources[source.name], about)
     rates = {source.name: float(source.rate) for source in config.sources}
-    return json.loads(json.dumps(about | {"rates": rates, "inputs": of_sources})), made
+    most = {source.name: float(source.max_epochs) for source in config.sources}
+    about |= {"rates": rates, "max_epochs": most, "inputs": of_sources}
+    return json.loads(json.dumps(about)), made
 
 
 def split_of(parts: Sequence[Mapping]) -> dict[str, Any]:
@@ -169,7 +175,7 @@ def verify(path: str) -> Iterator[tuple[str, str]]:
                 "not checked by this version; build it again"
             ]
         )
-    copied = Tokenizer.load(Path(path) / "tokenizer").fingerprint
+    copied = Tokenizer.load(location.fetch(location.join(path, "tokenizer"))).fingerprint
     same = copied == manifest["tokenizer_fingerprint"]
     yield "tokenizer", "" if same else f"has fingerprint {copied[:12]}, not the manifest's"
     for source, about in manifest["sources"].items():

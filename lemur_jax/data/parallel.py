@@ -1,10 +1,11 @@
 """All groups of a build, on worker processes, with progress; finished ones are kept."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ from lemur_jax.errors import LemurError
 
 if TYPE_CHECKING:
     from lemur_jax.data.build import BuildConfig
+
+PROBLEMS = 20  # bad inputs that are collected before a build gives up
 
 
 def build_groups(
@@ -66,13 +69,39 @@ def build_groups(
             entries[item.journal] = entry
             progress.update(task, parts=f"{count}/{len(todo)} parts")
 
-        here = [item for item in todo if _must_be_here(item) or min(cores, len(todo)) == 1]
-        away = [item for item in todo if item not in here]
+        alone = min(cores, len(todo)) == 1
+        here = [item for item in todo if alone or _must_be_here(item)]
+        away = [item for item in todo if not (alone or _must_be_here(item))]
+        problems = _Problems()
         if away:
-            _run_processes(away, min(cores, len(away)), done, progress, task)
+            _run_processes(away, min(cores, len(away)), done, problems, progress, task)
         for item in here:
-            done(item, build_group(item, lambda read: progress.advance(task, read)))
+            with problems.collected():
+                done(item, build_group(item, lambda read: progress.advance(task, read)))
+    problems.raise_if_any()
     return {name: [entries[item.journal] for item in items] for name, items in work.items()}
+
+
+class _Problems:
+    """ConfigErrors of parts: the others are built before they are raised, all at once."""
+
+    def __init__(self):
+        self.found: list[str] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Collects a ConfigError of the block; too many are not worth waiting for."""
+        try:
+            yield
+        except ConfigError as error:
+            self.found += error.problems
+            if len(self.found) >= PROBLEMS:
+                raise ConfigError(self.found) from error
+
+    def raise_if_any(self) -> None:
+        """Raises one ConfigError with everything that was collected."""
+        if self.found:
+            raise ConfigError(self.found)
 
 
 def _whole_entry(item: Work) -> dict | None:
@@ -106,13 +135,14 @@ def _run_processes(
     todo: list[Work],
     workers: int,
     done: Callable[[Work, dict], None],
+    problems: _Problems,
     progress: Progress,
     task: Any,
 ) -> None:
     # Spawned and not forked: TensorStore, TensorFlow and JAX have threads, which a fork loses.
     context = multiprocessing.get_context("spawn")
     read = context.Value("q", 0)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start, (read,))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start, (read, todo[0].threads))
     try:
         waiting = {pool.submit(run, item): item for item in todo}
         while waiting:
@@ -120,7 +150,8 @@ def _run_processes(
             progress.update(task, completed=read.value)
             for future in over:
                 item = waiting.pop(future)
-                done(item, future.result())
+                with problems.collected():
+                    done(item, future.result())
     except BrokenProcessPool as error:
         raise LemurError(
             f"a worker process died, perhaps for lack of memory: run the same command again, "

@@ -13,13 +13,12 @@ import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lemur_jax.config import ConfigError, DataConfig
-from lemur_jax.data import events
+from lemur_jax.data import events, location
 from lemur_jax.data.batch import Batch, make_batch
 from lemur_jax.data.build import FORMAT_VERSION
 from lemur_jax.data.events import Exclusion
@@ -33,13 +32,14 @@ if TYPE_CHECKING:
 
 def read_manifest(path: str) -> dict:
     """Manifest of the data set at `path`. Raises ConfigError when there is none that we know."""
-    name = Path(path) / "manifest.json"
     fix = "give the directory that `lemur data build` wrote"
     try:
-        manifest = json.loads(name.read_text(encoding="utf-8"))
+        manifest = json.loads(location.read(path, "manifest.json") or b"")
         version = manifest["format_version"]
         complete = "sources" in manifest and "tokenizer_fingerprint" in manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if location.read(path, "journal/build.json") is not None:
+            fix = "its build is unfinished; run the same `lemur data build` again"
         raise ConfigError(
             [f"DataConfig.path={path!r} holds no data set ({type(error).__name__}): {fix}"]
         ) from error
@@ -70,9 +70,8 @@ class Pipeline:
     def __init__(self, config: DataConfig, exclusions: Sequence[Exclusion] = ()):
         self.config = config
         self.manifest = read_manifest(config.path)
-        root = Path(config.path)
         self.sources: tuple[str, ...] = tuple(self.manifest["sources"])
-        self.tokenizer_dir = root / "tokenizer"
+        self.tokenizer_dir = location.fetch(location.join(config.path, "tokenizer"))
         self.tokenizer_fingerprint: str = self.manifest["tokenizer_fingerprint"]
         self.vocab_size: int = self.manifest["vocab_size"]
         built = self.manifest["sequence_length"]
@@ -93,7 +92,7 @@ class Pipeline:
                 ]
             )
         self._stores = {
-            (source, split): self._open(root, source, split, counts)
+            (source, split): self._open(source, split, counts)
             for source, about in self.manifest["sources"].items()
             for split, counts in about["splits"].items()
         }
@@ -126,8 +125,9 @@ class Pipeline:
                 for number in numbers:
                     steps[number] = min(exclusion.step, steps.get(number, exclusion.step))
 
-    def _open(self, root: Path, source: str, split: str, counts: Mapping) -> RowStore:
-        store = RowStore(root / source / split, counts.get("parts"))  # none in format 1
+    def _open(self, source: str, split: str, counts: Mapping) -> RowStore:
+        where = location.join(self.config.path, source, split)
+        store = RowStore(where, counts.get("parts"))  # none in format 1
         expected = counts["rows"], self.config.sequence_length + 1
         if (store.rows, store.columns) != expected:
             raise ConfigError(

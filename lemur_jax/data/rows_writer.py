@@ -45,7 +45,7 @@ class _Array:
         }
         spec = {"driver": "zarr3", "kvstore": location.kvstore(self._where), "metadata": metadata}
         spec["store_data_equal_to_fill_value"] = True
-        self._array = self._do(lambda: ts.open(spec, create=True, context=location.CONTEXT))
+        self._array = self._do(lambda: ts.open(spec, create=True, context=location.UNSYNCED))
 
     def _do(self, call: Callable[[], Any]) -> Any:
         try:
@@ -185,6 +185,7 @@ class RowsWriter:
             "files": location.sizes(self._directory),
             **(extra or {}),
         }
+        location.sync(self._directory)
         location.write(self._directory, PART, (json.dumps(about, indent=1) + "\n").encode())
         return about
 

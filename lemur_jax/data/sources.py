@@ -1,13 +1,15 @@
 """Sources of documents: what is read, how it is held out, and its share of the tokens."""
 
 import dataclasses
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.files import Document, expand, fraction_of, read_documents, sha256
+from lemur_jax.data.files import Document, fraction_of, sha256
+from lemur_jax.data.reading import formats, records, where
+from lemur_jax.data.reading.patterns import FORMATS, expand, format_of
+from lemur_jax.data.reading.records import ReadReport
 
 SPLITS = ("train", "validation")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*$")
@@ -22,12 +24,23 @@ class SourceConfig:
     Attributes:
       name: of the source: a directory name.
       rate: share of the tokens, not normalised (10 and 1 mean 10:1; Lemur's table as it stands).
-      train_files: paths or globs of .jsonl, .jsonl.gz or .txt files.
+      train_files: paths, globs or directories, local or URLs (gs://, s3://); or, with format "hf"
+        or "tfds", names of data sets: "owner/name[:config]@split", "name[/config][:version]@split".
       validation_files: held-out files, when they are separate.
       validation_fraction: holds documents out by a hash of their text, so that exact copies of a
         document always fall on the same side.
       split_key: key of a .jsonl record that says "train" or "validation".
-      text_key: key of a .jsonl record that holds the text.
+      text_key: field of a record that holds the text; a dotted name looks inside.
+      format: one of patterns.FORMATS; None tells by the files' suffixes.
+      root: what relative `train_files` and `validation_files` are relative to: a directory or URL.
+      where: filters on a record's fields, all of which must hold: ("max_stars_count >= 5",
+        "lang in Python, SQL"); the grammar is in reading/where.py.
+      meta_keys: fields to keep in Document.meta; None keeps all but the text.
+      lines_per_document: of plain files: cuts them; None makes a file one document.
+      bad_records: "raise" stops at the first record that cannot be a document; "count" goes on,
+        and prints how many there were and the first of them.
+      max_bad_records: with "count": more than so many stop the reading; None allows any number.
+      max_epochs: repetitions of the source in a run that need no warning; see epochs.py.
       task: name of a SeqIO Task with splits "train" and "validation" to read instead of files;
         `module.path:task_name` imports the module first, which registers the Task.
     """
@@ -39,14 +52,24 @@ class SourceConfig:
     validation_fraction: float | None = None
     split_key: str | None = None
     text_key: str = "text"
+    format: str | None = None
+    root: str = ""
+    where: tuple[str, ...] = ()
+    meta_keys: tuple[str, ...] | None = None
+    lines_per_document: int | None = None
+    bad_records: str = "raise"
+    max_bad_records: int | None = None
+    max_epochs: float = 4.0
     task: str | None = None
 
     def __post_init__(self):
         who, problems = f"SourceConfig({self.name!r})", []
         # gin binds lists and single strings where a tuple is meant.
-        for field in ("train_files", "validation_files"):
+        for field in ("train_files", "validation_files", "where", "meta_keys"):
             value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+            if value is not None:
+                whole = (value,) if isinstance(value, str) else tuple(value)
+                object.__setattr__(self, field, whole)
         if not _NAME.match(self.name) or self.name == "tokenizer":
             problems.append(
                 f"SourceConfig.name={self.name!r} must be letters, digits, '_', '-' or '.', "
@@ -78,8 +101,26 @@ class SourceConfig:
             problems.append(
                 f"{who}.validation_fraction={self.validation_fraction} must be between 0 and 1"
             )
+        problems += _reading_problems(self, who)
         if problems:
             raise ConfigError(problems)
+
+
+def _reading_problems(source: SourceConfig, who: str) -> list[str]:
+    """What is wrong with the fields that say how records are read."""
+    problems = where.parse(source.where, f"{who}.where")[1]
+    if source.format is not None and source.format not in FORMATS:
+        problems.append(f"{who}.format={source.format!r} must be one of {FORMATS}, or None")
+    if source.bad_records not in ("raise", "count"):
+        problems.append(f"{who}.bad_records={source.bad_records!r} must be 'raise' or 'count'")
+    limits = {"max_bad_records": 0, "lines_per_document": 1}
+    for field, least in limits.items():
+        value = getattr(source, field)
+        if value is not None and (not isinstance(value, int) or value < least):
+            problems.append(f"{who}.{field}={value!r} must be an integer >= {least}, or None")
+    if not isinstance(source.max_epochs, (int, float)) or not source.max_epochs > 0:
+        problems.append(f"{who}.max_epochs={source.max_epochs!r} must be a positive number")
+    return problems
 
 
 def corpus_sources(corpus: str | Path) -> tuple[SourceConfig, ...]:
@@ -117,43 +158,92 @@ class Shard:
 def shards(source: SourceConfig) -> tuple[Shard, ...]:
     """Units of input of a source in reading order: the same for the same files, on any machine.
 
-    Raises ConfigError when a pattern names nothing.
+    Raises ConfigError when a pattern names nothing, or numbered shards are missing.
     """
     if source.task:
         return tuple(Shard(split, 0, source.task, split) for split in SPLITS)
     found = []
-    for split, files in (("train", source.train_files), ("validation", source.validation_files)):
-        names = expand(files, f"SourceConfig({source.name!r}).{split}_files") if files else []
-        root = os.path.commonpath([os.path.dirname(name) for name in names]) if names else ""
-        for name in names:
-            short = os.path.relpath(name, root or ".")
-            found.append(Shard(f"{split}/{short}", os.path.getsize(name), name, split))
+    for split, given in (("train", source.train_files), ("validation", source.validation_files)):
+        field = f"SourceConfig({source.name!r}).{split}_files"
+        names = given
+        if given and source.format not in ("hf", "tfds"):
+            names = expand(given, field, source.format, source.root)
+        for name, label in zip(names, _labels(names)):
+            for size, units in formats.units(name, field, source.format):
+                part = f"[{units[0]}:{units[1]}]" if units else ""
+                found.append(Shard(f"{split}/{label}{part}", size, name, split, units))
     return tuple(found)
 
 
-def read_shard(source: SourceConfig, shard: Shard, seed: int = 0) -> Iterator[Document]:
-    """Documents of one shard in order, with `split` set; raises as `read_documents` does.
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names below their common directory: unique, and the same wherever the files are."""
+    directories = [name.split("/")[:-1] for name in names]
+    common = 0
+    while names and len({tuple(parts[: common + 1]) for parts in directories}) == 1:
+        if common == len(directories[0]):
+            break
+        common += 1
+    return ["/".join(name.split("/")[common:]) for name in names]
 
-    All shards one after the other are the source: `documents`.
+
+def read_shard(
+    source: SourceConfig, shard: Shard, seed: int = 0, report: ReadReport | None = None
+) -> Iterator[Document]:
+    """Documents of one shard in order, with `split` set. All shards in order are the source.
+
+    Args:
+      source: which `shards` was asked about.
+      shard: one of them.
+      seed: of `validation_fraction`.
+      report: where filtered and bad records are counted; None prints them at the end.
+
+    Raises ConfigError with file, record, what is wrong and the fix.
     """
+    counts = ReadReport() if report is None else report
     if source.task:
         from lemur_jax.data import tasks  # TensorFlow: only for sources that ask for it
 
         yield from (d for d in tasks.documents(source.task) if d.split == shard.split)
         return
     field = f"SourceConfig({source.name!r}).{shard.split}_files"
-    for document in read_documents([shard.path], field, source.text_key, source.split_key):
+    rules = _rules(source)
+    if (source.format or format_of(shard.path)) == "text":
+        rules = dataclasses.replace(rules, text_key="text", split_key=None)
+    rows = formats.read(
+        shard.path, field, source.format, shard.units, rules.columns(), source.lines_per_document
+    )
+    label = shard.name.partition("/")[2]
+    label = label.rpartition("[")[0] if shard.units else label
+    for document in records.documents(rows, shard.path, label, field, rules, counts):
         held_out = shard.split
         if source.validation_fraction is not None:
             share = fraction_of(f"{seed} {sha256(document.text)}")
             held_out = "validation" if share < source.validation_fraction else "train"
         yield dataclasses.replace(document, split=document.split or held_out)
+    if report is None:
+        counts.show(f"{source.name} {shard.name}")
 
 
-def documents(source: SourceConfig, seed: int = 0) -> Iterator[Document]:
-    """Every document of a source, shard by shard, with `split` set. Raises as `read_shard` does."""
+def _rules(source: SourceConfig) -> records.Rules:
+    return records.Rules(
+        text_key=source.text_key,
+        split_key=source.split_key,
+        where=where.parse(source.where, "")[0],
+        meta_keys=source.meta_keys,
+        raise_bad=source.bad_records == "raise",
+        max_bad=source.max_bad_records,
+    )
+
+
+def documents(
+    source: SourceConfig, seed: int = 0, report: ReadReport | None = None
+) -> Iterator[Document]:
+    """Every document of a source, shard by shard, with `split` set. As `read_shard` otherwise."""
+    counts = ReadReport() if report is None else report
     for shard in shards(source):
-        yield from read_shard(source, shard, seed)
+        yield from read_shard(source, shard, seed, counts)
+    if report is None:
+        counts.show(source.name)
 
 
 def training_texts(sources: tuple[SourceConfig, ...], seed: int = 0) -> Iterator[str]:

@@ -271,6 +271,14 @@ def _listed(directory: str) -> list[dict]:
         if name.startswith("part-"):
             data = location.read(location.join(directory, name), PART)
             found.append((json.loads(data) if data else {"missing": PART}) | {"name": name})
+    tokenizers = {part["name"]: part.get("tokenizer", "unknown")[:12] for part in found}
+    if len(set(tokenizers.values())) > 1 and not any("missing" in part for part in found):
+        raise ConfigError(
+            [
+                f"row store {directory!r} has parts of several tokenizers: {tokenizers}; remove "
+                "those that are not yours and build again"
+            ]
+        )
     return found
 
 
@@ -298,6 +306,8 @@ def check_files(directory: str, parts: Sequence[Mapping]) -> None:
             elif changed:
                 was, now = sizes[changed[0]]
                 wrong = f"is damaged: {changed[0]} has {now} bytes, not {was}"
+            elif other := _other_build(where, part):
+                wrong = f"is of another build (tokenizer {other})"
             else:
                 continue
         problems.append(
@@ -306,6 +316,17 @@ def check_files(directory: str, parts: Sequence[Mapping]) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _other_build(directory: str, part: Mapping) -> str | None:
+    """Tokenizer of a part that is not the one that the manifest means; None when it is that one.
+
+    Local parts only: in object storage, reading thousands of part.json takes minutes.
+    """
+    if not location.is_local(directory):
+        return None
+    stored = json.loads(location.read(directory, PART))
+    return None if stored["digest"] == part["digest"] else stored.get("tokenizer", "unknown")[:12]
 
 
 def part_digests(directory: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data import location, manifest
+from lemur_jax.data.reading.records import ReadReport
 from lemur_jax.data.sources import SPLITS, SourceConfig
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
@@ -28,6 +29,7 @@ def finish(
     sources = {}
     for source in config.sources:
         splits = {}
+        first = _bad_records(source, entries[source.name])
         for split in SPLITS:
             parts = [e["splits"][split] for e in entries[source.name] if split in e["splits"]]
             if not parts:
@@ -38,12 +40,26 @@ def finish(
         )
         splits["validation"]["unigram_entropy"] = _entropy(_target_counts(store, tokenizer))
         counts = {name: sum(e["counts"][name] for e in entries[source.name]) for name in COUNTS}
-        sources[source.name] = {"rate": source.rate, "splits": splits, "counts": counts}
+        sources[source.name] = {
+            "rate": source.rate,
+            "splits": splits,
+            "counts": counts,
+            "bad_records": first,
+        }
     for name, data in tokenizer.files().items():
         location.write(config.path, f"tokenizer/{name}", data)
     result = json.loads(json.dumps({**about, "sources": sources}))
     location.write(config.path, manifest.MANIFEST, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _bad_records(source: SourceConfig, entries: list[dict]) -> list[str]:
+    """Messages of the first bad records; ConfigError when all parts together have too many."""
+    total = ReadReport()
+    for entry in entries:
+        total.add(ReadReport(bad=entry["counts"]["bad"], first=entry["bad"]))
+    total.check(source.max_bad_records)
+    return total.first
 
 
 def _empty(source: SourceConfig, split: str) -> ConfigError:
@@ -87,6 +103,8 @@ def report(result: Mapping, console: Console) -> None:
         if left := {what: n for what, n in source["counts"].items() if n}:
             said = ", ".join(f"{what} {n:,}" for what, n in left.items())
             console.print(f"      {name}: {said}", soft_wrap=True)
+        for message in source["bad_records"]:
+            console.print(f"      {name}: {message}", soft_wrap=True, markup=False)
         if source["splits"]["train"]["fill"] < FILL:
             console.print(
                 f"      {name}/train: packing fill is below {FILL:.0%}: only the last row of a "

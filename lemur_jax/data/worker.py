@@ -19,6 +19,7 @@ from lemur_jax.data.files import Document
 from lemur_jax.data.fim import FillInTheMiddle, draw
 from lemur_jax.data.manifest import JOURNAL, Group
 from lemur_jax.data.pack import StreamPacker
+from lemur_jax.data.reading.records import ReadReport
 from lemur_jax.data.sources import SPLITS, SourceConfig, read_shard
 from lemur_jax.data.store import RowsWriter, part_name
 from lemur_jax.data.tokenizer import SPACE, Tokenizer
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
     from lemur_jax.data.build import BuildConfig
 
 CHARACTERS_PER_BATCH = 2_000_000
-COUNTS = ("empty", "no_tokens", "only_unknown", "truncated", "truncated_tokens", "fim")
+COUNTS = (
+    "filtered",
+    "bad",
+    "empty",
+    "no_tokens",
+    "only_unknown",
+    "truncated",
+    "truncated_tokens",
+    "fim",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +59,11 @@ class Work:
 _done: Any = None  # the shared counter of input bytes, in a worker process
 
 
-def start(done: Any) -> None:
+def start(done: Any, threads: int) -> None:
     """Prepares a worker process: it ends when its parent does, however that died."""
     global _done
     _done = done
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))  # of the `tokenizers` library
 
     def watch() -> None:
         connection.wait([parent_process().sentinel])
@@ -85,7 +96,8 @@ def build_group(work: Work, advance: Callable[[int], None]) -> dict[str, Any]:
       work: what to build.
       advance: told how many bytes of input have been read.
 
-    Returns: {"key", "splits": {split: part.json}, "counts": {what: documents}}.
+    Returns: {"key", "splits": {split: part.json}, "counts": {what: how many}, "bad": messages of
+      the first records that are no documents}.
 
     Raises ConfigError for bad input, StorageError for what cannot be written.
     """
@@ -95,7 +107,8 @@ def build_group(work: Work, advance: Callable[[int], None]) -> dict[str, Any]:
     directory, entry_name = work.journal
     for split in SPLITS:
         location.remove(location.join(config.path, work.source.name, split, name))
-    for batch in _batches(_documents(work, advance), encoder.counts):
+    report = ReadReport()
+    for batch in _batches(_documents(work, report, advance), encoder.counts):
         for document, ids in zip(batch, encoder.encode(batch)):
             if not len(ids):
                 continue
@@ -107,15 +120,18 @@ def build_group(work: Work, advance: Callable[[int], None]) -> dict[str, Any]:
     # So that a part can be recognised when it has got among others.
     extra = {"tokenizer": encoder.tokenizer.fingerprint, "key": work.group.key}
     splits = {split: {"name": name} | packer.close(extra) for split, packer in packers.items()}
-    entry = {"key": work.group.key, "splits": splits, "counts": encoder.counts}
+    counts = encoder.counts | {"filtered": report.filtered, "bad": report.bad}
+    entry = {"key": work.group.key, "splits": splits, "counts": counts, "bad": report.first}
     location.write(directory, entry_name, json.dumps(entry, indent=1).encode())
     return entry
 
 
-def _documents(work: Work, advance: Callable[[int], None]) -> Iterator[Document]:
+def _documents(
+    work: Work, report: ReadReport, advance: Callable[[int], None]
+) -> Iterator[Document]:
     for shard in work.group.shards:
         told = 0
-        for document in read_shard(work.source, shard, work.config.seed):
+        for document in read_shard(work.source, shard, work.config.seed, report):
             # Text is no larger than its file, unless that is compressed: never tell too much.
             size = min(len(document.text), shard.bytes - told)
             told += size

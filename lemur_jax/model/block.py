@@ -144,9 +144,17 @@ class Block(nnx.Module):
         rows = (-1,) if weight.ndim == 2 else x.shape[:2]
         y = dense(x.reshape(*rows, size), weight.reshape(size, -1))
         y = checkpoint_name(y, "product").reshape(*x.shape[:2], *weight.shape[inputs:])
+        if hasattr(self, f"{w}_a"):  # model/lora.py
+            y = y + self._low_rank(x.reshape(*rows, size), w).reshape(y.shape)
         if hasattr(self, b):
             y = y + param.whole(getattr(self, b), dtype)
         return y
+
+    def _low_rank(self, x_NI: jax.Array, w: str) -> jax.Array:
+        """scale (x A) B of an adapted weight: [N,O]; W + A B is never made."""
+        a, b = (param.whole(getattr(self, f"{w}_{side}"), self.config.dtype) for side in "ab")
+        rank = self.lora.rank
+        return dense(dense(x_NI, a.reshape(-1, rank)) * self.lora.scale, b.reshape(rank, -1))
 
     def qkv(self, x_BTE, cos_BTd, sin_BTd):
         """Rotated queries and keys, and values: [B,T,H,D], [B,T,K,D], [B,T,K,D]."""

@@ -158,7 +158,7 @@ def estimate(config: TrainConfig, where: Slice, weights: int, flops: float) -> C
     away = sum(kept[name] for name in c.remat_offloaded)
     working = 2 * tokens * (3 * c.mlp / mesh.tensor + 5 * c.embed)
     fetched = 2 * away / c.layers
-    gathered = 2 * (1.5 * layer + c.embed * vocab) / mesh.tensor
+    gathered = 2 * (1.5 * layer / mesh.tensor + c.embed * vocab)
     logits = 2 * tokens * vocab
     hbm = state + saved + gathered + max(working + fetched, logits)
 

@@ -132,7 +132,8 @@ def _micro_batches(count: int) -> Callable[[TrainConfig], TrainConfig]:
 
 
 def _meshes(config: TrainConfig) -> Iterator[tuple[str, MeshConfig]]:
-    """More devices for each weight: data into fsdp, then a wider tensor axis."""
+    """More devices for each weight: data into fsdp, then a wider tensor axis, which a step with
+    explicit gradients cannot have."""
     mesh = config.mesh
     if mesh.data > 1:
         fsdp = mesh.data * mesh.fsdp
@@ -140,7 +141,7 @@ def _meshes(config: TrainConfig) -> Iterator[tuple[str, MeshConfig]]:
             f"MeshConfig.data=1, MeshConfig.fsdp={fsdp}",
             dataclasses.replace(mesh, data=1, fsdp=fsdp),
         )
-    if mesh.fsdp % 2 == 0:
+    if mesh.fsdp % 2 == 0 and not config.explicit_gradients:
         fsdp, tensor = mesh.fsdp // 2, mesh.tensor * 2
         yield (
             f"MeshConfig.fsdp={fsdp}, MeshConfig.tensor={tensor}",

@@ -62,7 +62,8 @@ def knobs(config: TrainConfig, memory: Memory, cost: Cost) -> list[Knob]:
     chunk = min(config.loss.chunk_tokens, config.data.sequence_length)
     if chunk % 2 == 0:
         found.append(_loss_chunk(config, rows, chunk, memory))
-    if mesh.fsdp % 2 == 0 and config.model.heads % (2 * mesh.tensor) == 0 and count % 2 == 0:
+    heads_divide = config.model.heads % (2 * mesh.tensor) == 0 and not config.explicit_gradients
+    if mesh.fsdp % 2 == 0 and heads_divide and count % 2 == 0:
         found.append(_tensor(config, rows, memory, cost))
     return found
 

@@ -50,6 +50,7 @@ def sample_file(
     destination: str | Path,
     defaults: Mapping[str, Any] | None = None,
     report: Callable[[int, int], None] | None = None,
+    prepare: Callable[[Request], Request] | None = None,
 ) -> Summary:
     """Continues every prompt of a JSONL file.
 
@@ -62,12 +63,15 @@ def sample_file(
       destination: JSONL; created, or continued if it was begun with the same requests.
       defaults: fields of `Request` for lines that do not set them.
       report: called with (lines done, lines in all) after every write.
+      prepare: what is done to each request first, such as rendering it as a chat.
 
     Raises:
       ConfigError: every bad line by its number (the first SHOWN_PROBLEMS); or the destination was
         made from other requests.
     """
     requests = read_requests(source, defaults)
+    if prepare is not None:
+        requests = _prepared(requests, prepare)
     _check_prompts(sampler, requests)
     destination = Path(destination)
     kept = _resume(destination, requests)
@@ -140,6 +144,19 @@ def _parse(line: str, defaults: Mapping[str, Any]) -> Request:
     if problems:
         raise ConfigError(problems)
     return Request(**{**defaults, **fields})
+
+
+def _prepared(
+    requests: list[tuple[int, Request]], prepare: Callable[[Request], Request]
+) -> list[tuple[int, Request]]:
+    made, problems = [], []
+    for number, request in requests:
+        try:
+            made.append((number, prepare(request)))
+        except ConfigError as error:
+            problems += [f"line {number}: {problem}" for problem in error.problems]
+    _raise_if(problems)
+    return made
 
 
 def _check_prompts(sampler: Sampler, requests: list[tuple[int, Request]]) -> None:

@@ -67,6 +67,7 @@ def configured(config: TrainConfig) -> dict[str, Any]:
     """The part of a config that decides what the programs compute."""
     return {
         "model": dataclasses.asdict(config.model),
+        "lora": None if config.lora is None else dataclasses.asdict(config.lora),
         "optimizer": dataclasses.asdict(config.optimizer),
         "loss": dataclasses.asdict(config.loss),
         "batch_size": config.data.batch_size,

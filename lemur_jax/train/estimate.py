@@ -23,6 +23,7 @@ class Estimate:
 
     Attributes:
       parameters: of the model, padded vocabulary included.
+      trained: those that have gradients: all, or the adapters'.
       devices: of the mesh.
       parameter_bytes, optimizer_bytes, gradient_bytes: exact, from the shardings.
       activation_bytes: what the backward pass of one micro-batch keeps, traced, under the remat
@@ -34,6 +35,7 @@ class Estimate:
     """
 
     parameters: int
+    trained: int
     devices: int
     parameter_bytes: int
     optimizer_bytes: int
@@ -63,7 +65,7 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
       mesh: resolved sizes.
     """
     over = sharding.abstract_mesh(mesh)
-    state = abstract_state(config.model, optimizer(config.optimizer), over)
+    state = abstract_state(config.model, optimizer(config.optimizer), over, config.lora)
     rows, length = config.data.batch_size // config.micro_batches, config.data.sequence_length
     batch_ways = sharding.batch_ways(mesh)
     ways = batch_ways * mesh.sequence
@@ -73,10 +75,11 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
     logit_bytes = jnp.dtype(config.model.dtype).itemsize if kernel else 2 * 4
     return Estimate(
         parameters=param.size(state.model).parameters,
+        trained=param.size(state.trained).parameters,
         devices=over.size,
-        parameter_bytes=_bytes_per_device(state.model),
+        parameter_bytes=_bytes_per_device((state.model, state.adapters)),
         optimizer_bytes=_bytes_per_device(state.opt_state),
-        gradient_bytes=_bytes_per_device(state.model),
+        gradient_bytes=_bytes_per_device(state.trained),
         activation_bytes=_saved_bytes(config, rows, length) // ways,
         logits_bytes=logit_bytes * rows * chunk * vocab // (batch_ways * mesh.tensor),
         flops_per_step=config.data.batch_size * length * flops_per_token(config.model, length),
@@ -93,20 +96,21 @@ def _bytes_per_device(tree: Any) -> int:
 
 def _saved_bytes(config: TrainConfig, rows: int, length: int) -> int:
     """Bytes that the backward pass of one micro-batch keeps, without the weights themselves."""
-    model = abstract_state(config.model, optimizer(config.optimizer)).model
+    state = abstract_state(config.model, optimizer(config.optimizer), adapt=config.lora)
+    model = state.model
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     weights = jax.ShapeDtypeStruct((rows, length), jnp.float32)
     batch = Batch(tokens, tokens, weights, tokens, tokens)
 
-    def backward(model, batch):
-        def total(model):
-            sums = loss_sums(model, batch, config.loss)
+    def backward(state, batch):
+        def total(trained):
+            sums = loss_sums(state.with_trained(trained).adapted, batch, config.loss)
             return sums.nll + sums.z
 
-        return jax.vjp(total, model)[1]  # a pytree whose leaves are what it keeps
+        return jax.vjp(total, state.trained)[1]  # a pytree whose leaves are what it keeps
 
-    kept = jax.tree.leaves(jax.eval_shape(backward, model, batch))
-    weight_shapes = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)}
+    kept = jax.tree.leaves(jax.eval_shape(backward, state, batch))
+    weight_shapes = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves((model, state.adapters))}
     compute = {(shape, jnp.dtype(config.model.dtype)) for shape, _ in weight_shapes}
     return sum(
         leaf.size * leaf.dtype.itemsize

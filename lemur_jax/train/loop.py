@@ -16,11 +16,13 @@ from rich.console import Console
 
 from lemur_jax import checkpoint, sharding
 from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.data import epochs
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
 from lemur_jax.train import ahead, programs, saved
 from lemur_jax.train import metrics as run_metrics
 from lemur_jax.train.data_record import NO_STEP_YET, DataRecord
+from lemur_jax.train.epochs import with_steps
 from lemur_jax.train.optimizer import optimizer
 from lemur_jax.train.progress import StepProgress, StopRequest
 from lemur_jax.train.step import Metrics
@@ -67,6 +69,9 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     console = Console(quiet=not primary)
     report = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     run_dir = Path(config.run_dir)
+    if config.epochs is not None:
+        asked, config = config.epochs, with_steps(config)
+        report(f"epochs: {asked}, which is {config.steps} steps of {config.data.batch_size} rows")
 
     # ----- mesh ------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -88,6 +93,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     pipeline = Pipeline(config.data, record.exclusions(NO_STEP_YET))
     _check_vocabulary(config, pipeline)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
+    epochs.report_run(pipeline.manifest, config.steps * tokens_per_step, report)
 
     # ----- state -----------------------------------------------------------------------------
     transform = optimizer(config.optimizer)
@@ -162,7 +168,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
                 read_metrics()
                 unread = None
                 with progress.paused():
-                    held_out = evaluate(eval_fn, state.model, pipeline, config, mesh)
+                    held_out = evaluate(eval_fn, state.adapted, pipeline, config, mesh)
                 log.write(step, {f"evaluation/{s}/loss": loss for s, loss in held_out.items()})
                 report(f"step {step}: held-out {_beside_unigram(held_out, pipeline)}")
 

@@ -83,7 +83,7 @@ def step(config: TrainConfig, mesh: Mesh) -> Program:
     """
     transform = optimizer(config.optimizer)
     rate = schedule(config.optimizer, config.steps)
-    state = abstract_state(config.model, transform, mesh)
+    state = abstract_state(config.model, transform, mesh, config.lora)
     # Stated, not left to the compiler: a compiled step takes its own result, and nothing else.
     out = (param.shardings(state, mesh), NamedSharding(mesh, PartitionSpec()))
     step = make_step(transform, rate, config.optimizer, config.loss, config.explicit_gradients)
@@ -105,7 +105,7 @@ def evaluation(config: TrainConfig, mesh: Mesh) -> Program:
         zero = jnp.zeros((), jnp.float32)
         return jax.lax.scan(add, LossSums(zero, zero, zero), batch)[0]
 
-    model = abstract_state(config.model, optimizer(config.optimizer), mesh).model
+    model = abstract_state(config.model, optimizer(config.optimizer), mesh, config.lora).adapted
     rows = config.data.batch_size // config.micro_batches
     batch = abstract_batch(config.micro_batches, rows, config.data.sequence_length, mesh)
     return Program(jax.jit(evaluation), (model, batch))

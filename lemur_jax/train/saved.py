@@ -1,7 +1,8 @@
 """The state as a checkpoint holds it, and how a run gets its first state.
 
-Flat names on disk: params/layers/wq, opt/..., step, guard/... The item `params` can be read
-without opening a file of the item `opt`.
+Flat names on disk: params/layers/wq, opt/..., step, guard/..., and of a run with LoRA
+adapters/layers/wq_a. The item `params` can be read without opening a file of the item `opt`; with
+LoRA it is the frozen base, and whoever reads the model adds the adapters (convert/adapted.py).
 """
 
 import dataclasses
@@ -14,22 +15,32 @@ import optax
 from jax.sharding import Mesh
 
 from lemur_jax import checkpoint
-from lemur_jax.config import COMPUTATION_FIELDS, ConfigError, ModelConfig, TrainConfig, model_config
+from lemur_jax.config import (
+    COMPUTATION_FIELDS,
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+    lora_config,
+    model_config,
+)
 from lemur_jax.convert import hf, small_files
+from lemur_jax.convert.adapted import ADAPTERS
 from lemur_jax.convert.load import load_model
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.tokenizer import Tokenizer
 from lemur_jax.model import param
 from lemur_jax.train.state import TrainState, abstract_state, random_state, state_from_model
 
-ITEMS = ("params", "opt")
-
 
 def to_items(state: TrainState) -> dict[str, dict[str, jax.Array]]:
     """{"params": {...}, "opt": {...}} by flat names."""
     params = {f"params/{name}": leaf for name, leaf in param.flatten(state.model).items()}
     rest = {"step": state.step, "opt": state.opt_state, "guard": state.guard}
-    return {"params": params, "opt": param.flatten(rest)}
+    items = {"params": params, "opt": param.flatten(rest)}
+    if state.adapters is not None:
+        items[ADAPTERS] = param.flatten({ADAPTERS: state.adapters})
+    return items
 
 
 def from_items(like: TrainState, flat: dict[str, jax.Array]) -> TrainState:
@@ -41,8 +52,10 @@ def from_items(like: TrainState, flat: dict[str, jax.Array]) -> TrainState:
     }
     rest = {name: leaf for name, leaf in flat.items() if not name.startswith("params/")}
     shape = {"step": like.step, "opt": like.opt_state, "guard": like.guard}
+    shape[ADAPTERS] = like.adapters  # None: no leaves
     rest = param.unflatten(shape, rest)
-    return TrainState(rest["step"], param.unflatten(like.model, params), rest["opt"], rest["guard"])
+    model = param.unflatten(like.model, params)
+    return TrainState(rest["step"], model, rest["opt"], rest["guard"], rest[ADAPTERS])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +75,24 @@ class Start:
 
 def about(config: TrainConfig, pipeline: Pipeline, start: Start, step: int) -> dict[str, Any]:
     """What makes a checkpoint self-describing, beside its arrays."""
-    return {
-        "kind": "train_state",
-        "model": dataclasses.asdict(config.model),
-        "data": pipeline.position(step),
-        "tokenizer_fingerprint": pipeline.tokenizer_fingerprint,
-        "optimizer": config.optimizer.name,
-    } | ({"hf_extras": start.hf_extras} if start.hf_extras else {})
+    return (
+        {
+            "kind": "train_state",
+            "model": dataclasses.asdict(config.model),
+            "data": pipeline.position(step),
+            "tokenizer_fingerprint": pipeline.tokenizer_fingerprint,
+            "optimizer": config.optimizer.name,
+        }
+        | ({"hf_extras": start.hf_extras} if start.hf_extras else {})
+        | _about_lora(config)
+    )
+
+
+def _about_lora(config: TrainConfig) -> dict[str, Any]:
+    """What a reader needs to add the adapters, and what PEFT calls the base."""
+    if config.lora is None:
+        return {}
+    return {"lora": dataclasses.asdict(config.lora), "lora_base": str(config.init_from)}
 
 
 def files(operative_config: str, pipeline: Pipeline, start: Start) -> dict[str, bytes]:
@@ -93,13 +117,14 @@ def starting_state(
       CheckpointError: there are checkpoints, but none is sound.
       ConversionError: `init_from` holds no model, or another one.
     """
-    like = abstract_state(config.model, transform, mesh)
+    like = abstract_state(config.model, transform, mesh, config.lora)
     directory = Path(config.run_dir).absolute() / checkpoint.CHECKPOINTS
     # Where the weights come from, in order of precedence:
     # 1. The run's own latest verified checkpoint, with optimizer state and data position.
     if checkpoint.complete_steps(directory):
         newest = checkpoint.describe(checkpoint.resolve(directory))
         _check_same_model(model_config(newest.about["model"]), config.model, config.run_dir)
+        _check_same_lora(lora_config(newest.about.get("lora")), config.lora, config.run_dir)
         optimizer = newest.about["optimizer"]
         if optimizer != config.optimizer.name:
             raise ConfigError(
@@ -111,7 +136,9 @@ def starting_state(
             )
         items = to_items(like)
         targets = {name: leaf for item in items.values() for name, leaf in item.items()}
-        step_dir, arrays = checkpoint.restore_latest(directory, ITEMS, targets, report=report)
+        step_dir, arrays = checkpoint.restore_latest(
+            directory, tuple(items), targets, report=report
+        )
         found = checkpoint.describe(step_dir)
         pipeline.check_position(found.about["data"])
         if jax.process_index() == 0:
@@ -123,10 +150,21 @@ def starting_state(
         model, source = load_model(config.init_from, mesh=mesh, config=config.model)
         _check_tokenizer(Path(source), pipeline, config.init_from, report)
         report(f"parameters from {source}; optimizer and data position start fresh")
-        return Start(state_from_model(model, transform, mesh), *_carried(source))
+        state = state_from_model(model, transform, mesh, config.lora, config.seed)
+        if state.adapters is not None:
+            report(_describe_lora(state, config))
+        return Start(state, *_carried(source))
     # 3. Random weights.
     report(f"random weights, seed {config.seed}")
     return Start(random_state(config.model, transform, mesh, config.seed), None, {})
+
+
+def _describe_lora(state: TrainState, config: TrainConfig) -> str:
+    trained, frozen = (param.size(x).parameters for x in (state.adapters, state.model))
+    return (
+        f"LoRA: rank {config.lora.rank}, alpha {config.lora.alpha:g}, on "
+        f"{', '.join(config.lora.targets)}: {trained:,} parameters are trained, {frozen:,} frozen"
+    )
 
 
 def _carried(path: Any) -> tuple[dict[str, Any] | None, dict[str, bytes]]:
@@ -160,3 +198,14 @@ def _check_same_model(stored: ModelConfig, asked: ModelConfig, run_dir: str) -> 
     ]
     if different:
         raise ConfigError(different)
+
+
+def _check_same_lora(stored: LoraConfig | None, asked: LoraConfig | None, run_dir: str) -> None:
+    """Adapters and their optimizer state belong together; a full run has neither."""
+    if stored != asked:
+        raise ConfigError(
+            [
+                f"TrainConfig.lora={asked}, but the checkpoints in {run_dir} have {stored}: set it "
+                "back, or start a new run with TrainConfig.init_from"
+            ]
+        )

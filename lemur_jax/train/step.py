@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from lemur_jax import sharding
 from lemur_jax.config import LossConfig, OptimizerConfig
 from lemur_jax.data.pipeline import Batch
-from lemur_jax.model import param
+from lemur_jax.model import lora, param
 from lemur_jax.model.decoder import Decoder
 from lemur_jax.train.loss import LossSums, loss_sums
 from lemur_jax.train.state import Guard, TrainState
@@ -36,49 +36,60 @@ class Metrics(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def gradients(model: Decoder, batch: Batch, config: LossConfig) -> tuple[LossSums, Decoder]:
+Trained = Decoder | lora.Adapters
+
+
+def gradients(
+    model: Decoder, batch: Batch, config: LossConfig, adapters: lora.Adapters | None = None
+) -> tuple[LossSums, Trained]:
     """Loss sums and their gradient, summed over the M micro-batches of a [M,R,T] batch.
 
     Sums and weights are added up and divided once by the caller: packing, padding and the number
     of micro-batches do not change the loss.
-    """
 
-    def total(model: Decoder, part: Batch):
-        sums = loss_sums(model, part, config)
+    Args:
+      adapters: have the gradient in place of the model, which then has none.
+    """
+    trained = model if adapters is None else adapters
+
+    def total(trained: Trained, part: Batch):
+        adapted = trained if adapters is None else lora.attach(model, trained)
+        sums = loss_sums(adapted, part, config)
         return sums.nll + sums.z, sums
 
     grad_fn = jax.grad(total, has_aux=True)
     if batch.inputs.shape[0] == 1:
-        grads, sums = grad_fn(model, jax.tree.map(lambda x: x[0], batch))
+        grads, sums = grad_fn(trained, jax.tree.map(lambda x: x[0], batch))
         return sums, grads
 
     def add(carry, part: Batch):
-        grads, sums = grad_fn(model, part)
+        grads, sums = grad_fn(trained, part)
         return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, model))
+    start = (LossSums(zero, zero, zero), jax.tree.map(jnp.zeros_like, trained))
     return jax.lax.scan(add, start, batch)[0]
 
 
 def explicit_gradients(
-    model: Decoder, batch: Batch, config: LossConfig
-) -> tuple[LossSums, Decoder]:
+    model: Decoder, batch: Batch, config: LossConfig, adapters: lora.Adapters | None = None
+) -> tuple[LossSums, Trained]:
     """`gradients`, with the collectives of weights written out (`sharding.gathered`) instead of
     left to the compiler: one per_device around loss and gradient. Needs MeshConfig.tensor=1."""
     mesh = jax.sharding.get_abstract_mesh()
     if math.prod(mesh.shape.values()) == 1:
-        return gradients(model, batch, config)
-    weights = jax.tree.map(lambda where: where.spec, param.shardings(model, mesh))
+        return gradients(model, batch, config, adapters)
+    weights = (model,) if adapters is None else (model, adapters)
+    specs = jax.tree.map(lambda where: where.spec, param.shardings(weights, mesh))
     rows = sharding.spec((None, "batch", "length"), mesh)
 
-    def local(model: Decoder, batch: Batch):
-        sums, grads = gradients(model, batch, config)
+    def local(weights: tuple[Decoder] | tuple[Decoder, lora.Adapters], batch: Batch):
+        sums, grads = gradients(weights[0], batch, config, *weights[1:])
         sums = jax.tree.map(lambda x: sharding.sum_over_batch(x, PartitionSpec()), sums)
-        return sums, jax.tree.map(sharding.sum_over_batch, grads, weights)
+        return sums, jax.tree.map(sharding.sum_over_batch, grads, specs[-1])
 
-    return sharding.per_device_specs(local, (weights, rows), (PartitionSpec(), weights))(
-        model, batch
+    return sharding.per_device_specs(local, (specs, rows), (PartitionSpec(), specs[-1]))(
+        weights, batch
     )
 
 
@@ -91,7 +102,8 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The step for one configuration; jit it with the state donated.
 
-    `explicit`: `explicit_gradients` in place of `gradients`.
+    `explicit`: `explicit_gradients` in place of `gradients`. A state with adapters has these
+    trained, and its model returned as it came.
 
     A step whose loss or gradient is not finite, or whose gradient norm is a spike, leaves model and
     optimizer as they were and says so in the metrics.
@@ -99,7 +111,7 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         differentiate = explicit_gradients if explicit else gradients
-        sums, grads = differentiate(state.model, batch, loss)
+        sums, grads = differentiate(state.model, batch, loss, state.adapters)
         tokens = jnp.maximum(sums.tokens, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         norm, mean_loss = optax.global_norm(grads), sums.nll / tokens
@@ -113,10 +125,10 @@ def make_step(
         apply = finite & ~spike
 
         learning_rate = rate(state.step)
-        updates, opt_state = transform.update(grads, state.opt_state, state.model)
-        model = jax.tree.map(
+        updates, opt_state = transform.update(grads, state.opt_state, state.trained)
+        trained = jax.tree.map(
             lambda w, u: jnp.where(apply, w - learning_rate * u, w).astype(w.dtype),
-            state.model,
+            state.trained,
             updates,
         )
         opt_state = jax.tree.map(
@@ -141,6 +153,7 @@ def make_step(
             skipped=jnp.where(apply, 0, jnp.where(finite, 2, 1)),
             skipped_in_a_row=guard.skipped_in_a_row,
         )
-        return TrainState(state.step + 1, model, opt_state, guard), metrics
+        changed = state._replace(step=state.step + 1, opt_state=opt_state, guard=guard)
+        return changed.with_trained(trained), metrics
 
     return step

@@ -270,7 +270,16 @@ def test_relative_paths(tmp_path, monkeypatch):
     )
     assert step_dir == directory / "1"
     assert_same_bits(got, want)
-    assert str(manifest.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert str(manifest.absolute("s3://bucket/run")) == "s3://bucket/run"
+
+
+def test_an_object_store_that_cannot_be_read_is_named(monkeypatch):
+    """Red if the package were left to be missed in the middle of a conversion."""
+    with pytest.raises(checkpoint.CheckpointError, match="az:// is not known; legal: gs://, s3://"):
+        checkpoint.resolve("az://bucket/run")
+    monkeypatch.setattr(manifest.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(checkpoint.CheckpointError, match="pip install gcsfs"):
+        checkpoint.resolve("gs://bucket/run")
 
 
 def test_transfer_guard(tmp_path):

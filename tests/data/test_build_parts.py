@@ -1,5 +1,6 @@
 """Parts: the same data set from any number of workers, through kills, repairs and changes."""
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -19,10 +20,11 @@ from test_build import config_of, source
 from test_rows import reconstruct
 
 from lemur_jax import cli
-from lemur_jax.config import ConfigError
+from lemur_jax.config import ConfigError, DataConfig
 from lemur_jax.data import location, manifest, worker
+from lemur_jax.data.batch import make_batch
 from lemur_jax.data.build import build, existing
-from lemur_jax.data.pipeline import make_batch
+from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.store import RowStore
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -161,7 +163,8 @@ def test_a_removed_or_damaged_part_is_built_again(whole, shards, tmp_path, token
     shutil.rmtree(root / "code" / "train" / "part-00003")
     (root / "code" / "train" / "part-00005" / "tokens" / "c" / "0" / "0").write_bytes(b"x")
     with pytest.raises(ConfigError, match=r"part-00003' is missing(.|\n)*part-00005' is damaged"):
-        existing(config)
+        manifest.open_store(str(root), whole[1], "code", "train")
+    assert existing(config) is None
     console = Console(record=True, file=io.StringIO())
     assert build(config, console) == whole[1]
     assert f"{SHARDS - 2} of {SHARDS} parts are finished" in console.export_text()
@@ -231,15 +234,15 @@ def test_verify(whole, tmp_path, capsys):
 
 
 def test_two_at_a_time(whole, shards, tmp_path, tokenizer, quiet):
-    """Red if `_alone` does not lock."""
+    """Red if `_alone` does not lock, or its lock alone is taken for somebody's directory."""
     root = tmp_path / "data"
     (root / "journal").mkdir(parents=True)
-    about = manifest.plan(config_over(shards, root, tokenizer), tokenizer)[0]
-    (root / "journal" / "build.json").write_text(json.dumps(about))
     with open(root / "journal" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="is being built by another process: wait"):
             build(config_over(shards, root, tokenizer), quiet)
+    # What a build that was killed in its first moments leaves is no obstacle.
+    assert existing(config_over(shards, root, tokenizer)) is None
 
 
 def test_into_object_storage(whole, shards, tokenizer, quiet):
@@ -251,6 +254,12 @@ def test_into_object_storage(whole, shards, tokenizer, quiet):
         assert counts["digest"] == whole[1]["sources"]["code"]["splits"][split]["digest"]
     store = manifest.open_store(config.path, about, "code", "train")
     local = manifest.open_store(str(whole[0]), whole[1], "code", "train")
+    there, here = (
+        Pipeline(DataConfig(path=path, batch_size=3, sequence_length=T)).batch(5)
+        for path in (config.path, str(whole[0]))
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))
+    assert not any(wrong for _, wrong in manifest.verify(config.path))
     assert np.array_equal(store.read([5, 1000]).tokens, local.read([5, 1000]).tokens)
     location.remove("memory://bucket")
 
@@ -341,15 +350,54 @@ def test_a_tokenizer_without_bos(tmp_path, tokenizer, quiet):
 
 
 def test_an_error_in_a_worker_keeps_finished_parts(shards, tmp_path, tokenizer, quiet):
-    """Red if the ConfigError of a worker loses its words, or `_leave` removes finished parts."""
+    """Red if the ConfigError of a worker loses its words, the first one stops the other parts, or
+    `_leave` removes finished parts."""
     copy, root = tmp_path / "shards", tmp_path / "data"
     shutil.copytree(shards, copy)
     (copy / "11.jsonl").write_text("not json")
     with pytest.raises(ConfigError, match=r"11.jsonl' line 1 is not JSON"):
         build(config_over(copy, root, tokenizer, workers=1), quiet)
     assert len(list(root.glob("journal/code/*.json"))) == SHARDS - 1
-    with pytest.raises(ConfigError, match=r"11.jsonl' line 1 is not JSON"):
+    (copy / "02.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"line 1 .*(.|\n)*line 1 ") as error:
         build(config_over(copy, tmp_path / "two", tokenizer, workers=2), quiet)
-    shutil.copy(shards / "11.jsonl", copy)
+    said = sorted(error.value.problems)
+    assert len(said) == 2 and "02.jsonl" in said[0] and "11.jsonl" in said[1]
+    assert len(list((tmp_path / "two").glob("journal/code/*.json"))) == SHARDS - 2
+    shutil.copytree(shards, copy, dirs_exist_ok=True)
     build(config_over(copy, root, tokenizer), quiet)
     assert (root / "manifest.json").exists()
+
+
+def test_bad_and_filtered_records_are_counted(tmp_path, tokenizer):
+    """Red if the report of a worker's reading is lost, or the limit is of one part only."""
+    for n in range(3):
+        lines = ['{"text": "kept", "stars": 9}', '{"text": "left out", "stars": 1}', "broken", "{}"]
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v" / "v.jsonl").write_text('{"text": "held out", "stars": 7}')
+    about = {"validation_files": str(tmp_path / "v" / "*"), "bad_records": "count"}
+    about["where"] = "stars >= 5"
+    files = str(tmp_path / "*.jsonl")
+    with pytest.raises(ConfigError, match=r"6 bad records, .*max_bad_records=5"):
+        of = source(files, max_bad_records=5, **about)
+        build(config_of(tmp_path, tokenizer, of, part_bytes=1, workers=1), Console(quiet=True))
+    console = Console(record=True, file=io.StringIO())
+    config = config_of(tmp_path, tokenizer, source(files, **about), part_bytes=1, workers=1)
+    config = dataclasses.replace(config, path=str(tmp_path / "again"))
+    counts = build(config, console)["sources"]["code"]["counts"]
+    assert (counts["filtered"], counts["bad"]) == (3, 6)
+    assert "filtered 3, bad 6" in console.export_text(clear=False)
+    assert "0.jsonl' line 3" in console.export_text().replace("record 3", "line 3")
+
+
+def test_large_inputs_are_fingerprinted_by_windows(tmp_path, monkeypatch):
+    """Red if the last bytes, the size or a change in place do not count."""
+    monkeypatch.setattr(manifest, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(manifest, "WINDOW_BYTES", 50)
+    file, found = tmp_path / "f", set()
+    for data in (b"a" * 900, b"a" * 1100, b"a" * 1099 + b"b", b"b" + b"a" * 1099, b"a" * 1101):
+        file.write_bytes(data)
+        found.add(manifest.fingerprint(str(file)))
+        assert manifest.fingerprint(str(file)) in found
+    assert len(found) == 5 and manifest.fingerprint(str(tmp_path)) == ""

@@ -11,7 +11,7 @@ from test_build import config_of, source
 from test_rows import reconstruct
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data.build import FIM_TOKENS, build
+from lemur_jax.data.build import FIM_TOKENS, build, existing
 from lemur_jax.data.fim import Cut, FillInTheMiddle, draw
 from lemur_jax.data.sources import documents
 from lemur_jax.data.store import RowStore
@@ -138,11 +138,11 @@ def test_bad_settings(tmp_path, tokenizer, fields, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_tokens_that_the_tokenizer_lacks(tmp_path, tokenizer, quiet):
+def test_tokens_that_the_tokenizer_lacks(tmp_path, tokenizer):
     """Red if `load_tokenizer` does not ask for the tokens before anything is built."""
     (tmp_path / "f.txt").write_text("text")
     config = config_of(tmp_path, tokenizer, source(str(tmp_path / "f.txt")))
     config = dataclasses.replace(config, fim_rate=0.5)
     with pytest.raises(ConfigError, match=r"has no '<\|fim_prefix\|>', .*added_tokens_decoder"):
-        build(config, quiet)
+        existing(config)
     assert not (tmp_path / "data").exists()

@@ -34,7 +34,7 @@ def write(root, parts, tokenizer="t", first=0):
         for n, ids in enumerate(documents):
             packer.append(f"é{number}/{n}", ids)
         packer.close({"tokenizer": tokenizer})
-    return RowStore(root)
+    return RowStore(root) if first == 0 else None
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def test_pieces_are_the_documents(parts):
 def test_only_unknown_tokens(tmp_path):
     """Red if rows are read by `tokens != 0` anywhere: <unk> is 0, as SeqIO's packing forgets."""
     store = write(tmp_path / "s", [[[0] * 40, [5, 0, 0, 6]]])
+    assert json.loads((tmp_path / "s/part-00000/part.json").read_text())["filled"] == 17 + 17 + 12
     assert [p.length for row in range(store.rows) for p in store.pieces(row)] == [17, 17, 8, 4]
 
 
@@ -96,8 +97,9 @@ def test_loss_is_stored(tmp_path):
             writer.append_rows(tokens[:, 1:], segments, documents, loss)
         writer.append_rows(tokens, segments, documents, loss)
         assert writer.close()["filled"] == segments.size
-    rows = RowStore(tmp_path).read([7, 0])
-    assert np.array_equal(rows.tokens, tokens[[2, 0]]) and np.array_equal(rows.loss, loss[[2, 0]])
+    rows = RowStore(tmp_path).read([7, 0, 6])
+    assert np.array_equal(rows.tokens, tokens[[2, 0, 1]])
+    assert np.array_equal(rows.loss, loss[[2, 0, 1]])
     # Two documents in one segment: each is given the whole row.
     assert [p[2:] for p in RowStore(tmp_path).pieces(7)] == [(0, 0, T + 1)] * 2
 
@@ -183,7 +185,7 @@ def test_parts_of_different_length(tmp_path):
     write(tmp_path, [documents_of([5])])
     packer = StreamPacker(RowsWriter(tmp_path / part_name(1), T + 1, 1000))
     packer.append("x", [1, 2])
-    packer.close()
+    packer.close({"tokenizer": "t"})
     with pytest.raises(ConfigError, match=r"parts of different \(columns, loss\).*17.*18"):
         RowStore(tmp_path)
 
@@ -217,3 +219,19 @@ def test_a_full_disk_is_named(tmp_path):
     assert "cannot be written" in done.stderr and "the disk is full" in done.stderr, done.stderr
     assert "/s/" in done.stderr and "free some space" in done.stderr
     assert not Path(tmp_path, "s", "part.json").exists()
+
+
+def test_parts_of_another_tokenizer(tmp_path):
+    """Red if `_other_build` or the comparison in `_listed` is dropped: ids mean other text."""
+    documents = documents_of([40, 5])
+    write(tmp_path, [documents, documents], tokenizer="a" * 64)
+    parts = [
+        json.loads((tmp_path / name / "part.json").read_text()) | {"name": name}
+        for name in sorted_parts(tmp_path)
+    ]
+    shutil.rmtree(tmp_path / "part-00001")
+    write(tmp_path, [[[n + 1 for n in ids] for ids in documents]], tokenizer="b" * 64, first=1)
+    with pytest.raises(ConfigError, match=r"part-00001' is of another build \(tokenizer bbbb"):
+        RowStore(tmp_path, parts)
+    with pytest.raises(ConfigError, match=r"parts of several tokenizers: .*aaaa.*bbbb.*remove"):
+        RowStore(tmp_path)

@@ -368,6 +368,7 @@ def settings(model):
     return types.SimpleNamespace(
         model=model,
         micro_batches=MICRO_BATCHES,
+        explicit_gradients=False,
         mesh=MeshConfig(data=1, fsdp=FSDP, sequence=1, tensor=TENSOR),
         data=types.SimpleNamespace(batch_size=512, sequence_length=LENGTH),
         loss=LossConfig(chunk_tokens=512, implementation="pallas_tpu"),

@@ -221,6 +221,14 @@ def test_the_smallest_change_that_fits(condition, text):
         assert said == [found[1]]
 
 
+def test_a_step_with_explicit_gradients_is_not_offered_a_tensor_axis():
+    """Red if a wider tensor axis, which such a step refuses, ended the changes with an error."""
+    config = programs.resolve(changed(explicit_gradients=True), slice_named("v4-8"))
+    texts = [change.text for change in fit.changes(config, slice_named("v4-8"), "train", None)]
+    assert any("--topology=v4-16" in text for text in texts)
+    assert not any("tensor" in text for text in texts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["evaluate", "prefill", "decode"])
 def test_the_other_programs_compile(name, tmp_path):

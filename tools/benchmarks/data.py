@@ -154,6 +154,12 @@ def measure_tokenising(options: argparse.Namespace) -> None:
 # --- building --------------------------------------------------------------------------------
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def measure_building(options: argparse.Namespace, scratch: Path) -> None:
     """Wall time of a whole build by the number of workers, and its packing fill."""
     from rich.console import Console
@@ -175,6 +181,7 @@ def measure_building(options: argparse.Namespace, scratch: Path) -> None:
         name="code", rate=1.0, train_files=(f"{shards}/*.jsonl",), validation_fraction=0.02
     )
     seconds: dict[int, list[float]] = {}
+    used: dict[int, list[float]] = {}
     for _ in range(options.repeats):
         for workers in map(int, options.workers.split(",")):
             shutil.rmtree(scratch / "data", ignore_errors=True)
@@ -186,16 +193,21 @@ def measure_building(options: argparse.Namespace, scratch: Path) -> None:
                 part_bytes=4_000_000,
                 workers=workers,
             )
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             manifest = build(config, Console(quiet=True))
             seconds.setdefault(workers, []).append(time.perf_counter() - start)
+            used.setdefault(workers, []).append(cpu_seconds() - cpu)
     train = manifest["sources"]["code"]["splits"]["train"]
     print(f"\nbuilding {size:.0f} MB in {len(train['parts'])} parts, digest {train['digest'][:12]}")
     first = None
     for workers, taken in seconds.items():
         speed = size / statistics.median(taken)
         first = first or speed
-        print(f"  {workers} workers: {speed:6.2f} MB/s of wall, {speed / first:.2f}x")
+        cpu = size / statistics.median(used[workers])
+        print(
+            f"  {workers} workers: {speed:6.2f} MB/s of wall, {speed / first:.2f}x; "
+            f"{cpu:6.2f} MB/s of CPU, all processes together"
+        )
     print(f"  packing fill {train['fill']:.4%} of {train['rows']} rows")
 
 
@@ -238,6 +250,7 @@ def open_hugging_face(scratch: Path) -> Callable[[np.ndarray], tuple]:
     """datasets, arrow files mapped into memory, numpy format."""
     import datasets
 
+    datasets.disable_progress_bars()
     read, total = open_ours(scratch), rows_of(scratch)
     columns = read([0])[0].shape[1]
     kind = datasets.List(datasets.Value("uint16"), length=columns)

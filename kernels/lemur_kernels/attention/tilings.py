@@ -78,6 +78,21 @@ def proposals(
       chip: a name in CHIPS. direction: "forward" or "backward". itemsize: bytes of a number.
       seq: tokens of a row.
     """
+    lanes = -(-head_dim // 128) * 128
+    # What a narrow head takes is between its own width and all lanes, as the compiler lays it out.
+    widths = dict.fromkeys((head_dim, lanes))
+    found = [
+        tiling
+        for width in widths
+        for tiling in _proposals(chip, direction, itemsize, width, heads, kv_heads, seq)
+    ]
+    return sorted(dict.fromkeys(found), key=lambda tiling: -tiling.block)  # stable
+
+
+def _proposals(
+    chip: str, direction: str, itemsize: int, width: int, heads: int, kv_heads: int, seq: int
+) -> list[Tiling]:
+    """As `proposals`, when a head takes `width` lanes."""
     c, backward = CHIPS[chip], direction == "backward"
     group = heads // kv_heads
     blocks = [c.backward if backward else c.forward]
@@ -99,7 +114,7 @@ def proposals(
             if heads // (kv_heads // n * split) % at_once or kv_heads % n:
                 continue
             vmem = (c.vmem or 16) * MIB
-            per_key = n * head_dim * (8 + 2 * (itemsize if split == 1 else 4))
+            per_key = n * width * (8 + 2 * (itemsize if split == 1 else 4))
             unrolled = 2 if backward else 4
             room = vmem // 2 // per_key // block * block
             blocks_of_keys, fit = -(-seq // block), max(1, room // block)
@@ -107,7 +122,7 @@ def proposals(
             span = -(-blocks_of_keys // spans) * block
             arrays = (5 if backward else 2) * at_once + 3 * n  # q, out and their like, twice
             sums = at_once + (n * span // block * 2 if backward else 0)
-            used = block * head_dim * (2 * arrays * itemsize + 4 * sums)
+            used = block * width * (2 * arrays * itemsize + 4 * sums)
             if used > vmem:
                 continue
             found.append(
@@ -126,4 +141,4 @@ def proposals(
                     span=span,
                 )
             )
-    return list(dict.fromkeys(found))
+    return found

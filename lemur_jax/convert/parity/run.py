@@ -11,7 +11,6 @@ from lemur_jax.convert.model import open_source
 from lemur_jax.convert.parity import alone, configs, diagnose, expanded, places, vocabulary
 from lemur_jax.convert.parity.compare import Comparison, compare
 from lemur_jax.convert.parity.finding import Finding, Sentence, sentences
-from lemur_jax.convert.parity.unreadable import lost_tensors
 from lemur_jax.convert.parity.weights import Weights, of_source, tensor_bytes
 
 GIB = 2**30
@@ -71,8 +70,10 @@ def parity(
     """
     if tokens < _MIN_TOKENS:
         raise ConversionError([f"tokens={tokens} is too few: give at least {_MIN_TOKENS}"])
-    first = _open(a, max_positions)
-    second = first if b is None or Path(b) == Path(a) else _open(b, max_positions)
+    first = of_source(open_source(a, max_positions=max_positions))
+    second = first
+    if b is not None and Path(b) != Path(a):
+        second = of_source(open_source(b, max_positions=max_positions))
     for line in plan(first, second, tokens):
         say(line)
     found = list(configs.differences(first.config, second.config))
@@ -116,13 +117,6 @@ def _stream(
         return comparison, found
     found = places.place_layers(found, sketches)
     return comparison, [*found, *vocabulary.diagnose_vocabulary(a, b)]
-
-
-def _open(path: str | Path, max_positions: int | None) -> Weights:
-    try:
-        return of_source(open_source(path, max_positions=max_positions))
-    except ConversionError as error:
-        raise ConversionError([*error.problems, *lost_tensors(path)]) from error
 
 
 # ---------------------------------------------------------------------------------------------
