@@ -2,10 +2,9 @@
 
 import fnmatch
 from collections.abc import Sequence
-from pathlib import Path
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import ledger, recorded
+from lemur_jax.data import ledger, location, recorded
 from lemur_jax.data.nearest import nearest
 from lemur_jax.data.pipeline import read_manifest
 from lemur_jax.data.store import RowStore
@@ -35,14 +34,22 @@ def exclude(
     """
     if not documents and not patterns:
         raise ConfigError(["nothing to exclude: give --document=PATH or --pattern=GLOB"])
-    is_data_set = (Path(path) / "manifest.json").is_file()
-    if is_data_set:
-        manifest, target = read_manifest(path), Path(path) / ledger.EXCLUSIONS
+    if location.read(path, "manifest.json") is not None:
+        if not location.is_local(path):
+            raise ConfigError(
+                [
+                    f"{path!r} is in object storage, whose files cannot grow: exclude "
+                    "from each RUN that reads it"
+                ]
+            )
+        manifest, target = read_manifest(path), location.local(path) / ledger.EXCLUSIONS
         stores = {
-            source: RowStore(Path(path) / source / "train", about["splits"]["train"].get("parts"))
+            source: RowStore(
+                location.join(path, source, "train"), about["splits"]["train"].get("parts")
+            )
             for source, about in manifest["sources"].items()
         }
-        before = ledger.exclusions(ledger.read(target).entries, 0)
+        before = ledger.exclusions(ledger.read_exclusions(path).entries, 0)
     else:
         found, pipeline = recorded.open_run(path, data)
         stores = {source: pipeline.store(source) for source in pipeline.sources}

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data import location
 from lemur_jax.data.events import Exclusion
 
 LEDGER = "data_ledger.jsonl"
@@ -76,9 +77,17 @@ class Ledger:
 
 def read(path: Path) -> Ledger:
     """The ledger in file `path`; an absent file is an empty ledger."""
+    return _parse(path, path.read_bytes() if path.exists() else b"")
+
+
+def read_exclusions(data: str) -> Ledger:
+    """What is excluded in the data set at `data` (local or in object storage)."""
+    return _parse(Path(data) / EXCLUSIONS, location.read(data, EXCLUSIONS) or b"")
+
+
+def _parse(path: Path, text: bytes) -> Ledger:
     entries, problems, torn, chain = [], [], [], ""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

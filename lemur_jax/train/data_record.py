@@ -8,7 +8,7 @@ import jax
 from lemur_jax.checkpoint import CheckpointError
 from lemur_jax.checkpoint.agreement import Agreement
 from lemur_jax.config import ConfigError, DataConfig
-from lemur_jax.data import ledger
+from lemur_jax.data import ledger, location
 from lemur_jax.data.batch import Batch
 from lemur_jax.data.events import Exclusion, exclusions_text
 from lemur_jax.data.pipeline import Pipeline
@@ -33,7 +33,7 @@ class DataRecord:
         self.problems = found.problems
         self._first_start = not found.starts
         # Exclusions of the data set hold for runs that start after them: taken over here, once.
-        of_data_set = ledger.read(Path(config.path) / ledger.EXCLUSIONS).entries
+        of_data_set = ledger.read_exclusions(config.path).entries
         self._adopted = ledger.adopted(found.entries, of_data_set)
         self._entries = [*found.entries, *self._adopted]
         self._process = jax.process_index()
@@ -72,6 +72,7 @@ class DataRecord:
         self._since = step
         if self._process != 0:
             return
+        path = self._config.path
         for entry in self._adopted:
             facts = {name: fact for name, fact in entry.facts.items() if name != "time"}
             ledger.append(
@@ -81,7 +82,7 @@ class DataRecord:
             self._path,
             "begun" if self._first_start and step == 0 else "resumed",
             **pipeline.position(step),
-            path=str(Path(self._config.path).absolute()),
+            path=str(location.local(path) if location.is_local(path) else path),
             processes=len(parts),
             ranges=sorted(set(parts)),
             rows=rows,
