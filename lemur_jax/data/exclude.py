@@ -30,7 +30,7 @@ def exclude(
       {source: {number: path}} of what was excluded and was not before.
 
     Raises ConfigError for a path (with the nearest ones) or a pattern that no document has, and for
-    a step that the run has passed.
+    a step that the run has passed, and when a source would have no document left.
     """
     if not documents and not patterns:
         raise ConfigError(["nothing to exclude: give --document=PATH or --pattern=GLOB"])
@@ -62,6 +62,7 @@ def exclude(
         for source, names in matching.items()
     }
     new = {source: names for source, names in new.items() if names}
+    _check_left(stores, known, new)
     if new:
         facts = {} if step is None else {"step": step}
         ledger.append(
@@ -83,6 +84,23 @@ def _check_step(found: ledger.Ledger, step: int | None) -> None:
                 f"stays learnt; leave --step out, or give {found.reached} or more"
             ]
         )
+
+
+def _check_left(
+    stores: dict[str, RowStore], known: set[tuple[str, int]], new: dict[str, dict[int, str]]
+) -> None:
+    """A source without documents would feed steps of padding."""
+    gone = {
+        source: sum(s == source for s, _ in known) + len(names) for source, names in new.items()
+    }
+    problems = [
+        f"source {source!r} has {stores[source].documents} documents, and none would be left: give "
+        "it rate 0 in its place, with DataConfig.weight_changes"
+        for source, count in gone.items()
+        if count >= stores[source].documents
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _matching(

@@ -4,8 +4,9 @@ Lines are only ever added. Events, with what each holds beside `time` and `chain
 
     begun, resumed  step, the position (see Pipeline.position), path of the data set, processes and
                     the `ranges` of rows of a micro-batch that they read, micro_batches
-    saved           step, `since` (the step of the start or checkpoint before), `reads`: the sum of
-                    the hashes of all rows that were fed since then (see reads.py)
+    saved           before the checkpoint is: step, `since` (the step of the start or checkpoint
+                    before), `reads`: the sum of the hashes of all rows that were fed since then
+                    (see reads.py)
     exclude         documents {source: [numbers]}, their paths, `asked`: the words of the command;
                     in force from the step of the next line that says begun or resumed, or from
                     `step` when it has one and that is later

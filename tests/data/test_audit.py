@@ -206,6 +206,13 @@ def test_checkpoints_that_disagree_are_named(run, finished):
         assert any(words in v for v in audit(run, checkpoints | change).violations), words
 
 
+def test_a_checkpoint_that_was_not_finished_is_noted(finished):
+    """Red if the ledger's last line is taken for a checkpoint that is there."""
+    older = {step: position for step, position in finished[1].items() if step < 9}
+    result = audit(finished[0], older)
+    assert result.violations == [] and "checkpoint 9 is not there" in result.notes[-1]
+
+
 def test_a_host_that_fed_another_row_is_found(config, tmp_path, monkeypatch):
     """Red if only what a row contains is hashed and not where it stands: rows 0 and 1 swapped."""
     original = Pipeline.places
@@ -337,11 +344,13 @@ def test_exclusions_of_a_data_set_reach_new_starts_once(data, config, tmp_path):
 
 
 def test_bad_exclusions(run):
-    """Red if an unknown path is passed over, or a step behind the last checkpoint accepted."""
+    """Red if an unknown path is passed over, a step behind the last checkpoint accepted, or a
+    source emptied: steps of padding would follow."""
     for arguments, words in (
         ({"documents": ["code/11.py"]}, "'code/11.py': no document has this path; did you mean 'c"),
         ({"patterns": ["*.rs"]}, r"--pattern='\*.rs': no document's path matches"),
         ({}, "give --document=PATH or --pattern=GLOB"),
+        ({"patterns": ["text/*"]}, "source 'text' has 4 documents, and none would be left: give i"),
         ({"documents": ["code/1.py"], "step": 8}, "--step=8 lies behind .* checkpoint 9"),
     ):
         with pytest.raises(ConfigError, match=words):

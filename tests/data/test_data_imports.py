@@ -9,7 +9,11 @@ SLOW = ("tensorflow", "seqio", "torch", "grain", "jax", "transformers", "tokeniz
 
 
 @pytest.mark.parametrize(
-    "module", ["pipeline", "tokenizer", "tokenizer_files", "build", "corpus", "inspect"]
+    "module",
+    [
+        *("pipeline", "tokenizer", "tokenizer_files", "build", "corpus", "inspect"),
+        *("inspect_page", "audit", "why", "exclude"),
+    ],
 )
 def test_imports_stay_light(module):
     """Red if any file but tasks.py imports TensorFlow, or order.py's grain moves to its top."""
