@@ -86,7 +86,7 @@ def histories(draw):
     return sessions
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(histories(), st.integers(0, 2**40), st.lists(st.integers(0, 12), max_size=2, unique=True))
 def test_any_honest_history_is_proved(data, sessions, seed, steps):
     """Red if a host's rows count from 0, an interval keeps the old start after going back, or the
