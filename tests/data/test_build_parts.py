@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -124,19 +125,20 @@ def test_killed_and_run_again(whole, shards, tmp_path, tokenizer):
         text = GIN.format(root=root, tokenizer=tokenizer.directory, shards=shards, workers=workers)
         (tmp_path / "b.gin").write_text(text)
         command = [sys.executable, str(script), str(tmp_path / "b.gin")]
-        process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen(command, start_new_session=True, stderr=said)
         if attempt < 2:
             while len(list(root.glob("journal/code/*.json"))) < 3 * (attempt + 1):
-                assert process.poll() is None, process.stderr.read()
+                assert process.poll() is None, (tmp_path / "said").read_text()
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)  # the parent alone
-            process.communicate()
+            process.wait()
             wait_until_nobody(process.pid)
             kept.append(len(list(root.glob("journal/code/*.json"))))
             assert not (root / "manifest.json").exists()
         else:
-            said = process.communicate()[1].decode()
-            assert process.returncode == 0, said
+            assert process.wait() == 0, (tmp_path / "said").read_text()
+            said = (tmp_path / "said").read_text()
             assert f"{kept[-1]} of {SHARDS} parts are finished already" in said
     assert 3 <= kept[0] < SHARDS and 6 <= kept[1] < SHARDS
     assert same_files(whole[0], root)
@@ -150,6 +152,8 @@ def wait_until_nobody(session):
         if all(" Z" in line for line in found.stdout.decode().splitlines()):
             return
         time.sleep(0.02)
+    for line in found.stdout.decode().splitlines():
+        os.kill(int(line.split()[0]), signal.SIGKILL)
     raise AssertionError(f"workers outlive their parent: {found.stdout}")
 
 
