@@ -102,6 +102,10 @@ def audit(
         "was learnt the first time is gone"
         for a, b in traced.thrown_away
     ]
+    if checkpoints and step not in checkpoints:
+        notes.append(
+            f"checkpoint {step} is not there: unfinished (being written, or killed) or gone"
+        )
     violations += repeated + differing
     seconds = time.monotonic() - started
     return Audit(

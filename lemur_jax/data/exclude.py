@@ -2,10 +2,9 @@
 
 import fnmatch
 from collections.abc import Sequence
-from pathlib import Path
 
 from lemur_jax.config import ConfigError
-from lemur_jax.data import ledger, recorded
+from lemur_jax.data import ledger, location, recorded
 from lemur_jax.data.nearest import nearest
 from lemur_jax.data.pipeline import read_manifest
 from lemur_jax.data.store import RowStore
@@ -31,18 +30,26 @@ def exclude(
       {source: {number: path}} of what was excluded and was not before.
 
     Raises ConfigError for a path (with the nearest ones) or a pattern that no document has, and for
-    a step that the run has passed.
+    a step that the run has passed, and when a source would have no document left.
     """
     if not documents and not patterns:
         raise ConfigError(["nothing to exclude: give --document=PATH or --pattern=GLOB"])
-    is_data_set = (Path(path) / "manifest.json").is_file()
-    if is_data_set:
-        manifest, target = read_manifest(path), Path(path) / ledger.EXCLUSIONS
+    if location.read(path, "manifest.json") is not None:
+        if not location.is_local(path):
+            raise ConfigError(
+                [
+                    f"{path!r} is in object storage, whose files cannot grow: exclude "
+                    "from each RUN that reads it"
+                ]
+            )
+        manifest, target = read_manifest(path), location.local(path) / ledger.EXCLUSIONS
         stores = {
-            source: RowStore(Path(path) / source / "train", about["splits"]["train"].get("parts"))
+            source: RowStore(
+                location.join(path, source, "train"), about["splits"]["train"].get("parts")
+            )
             for source, about in manifest["sources"].items()
         }
-        before = ledger.exclusions(ledger.read(target).entries, 0)
+        before = ledger.exclusions(ledger.read_exclusions(path).entries, 0)
     else:
         found, pipeline = recorded.open_run(path, data)
         stores = {source: pipeline.store(source) for source in pipeline.sources}
@@ -55,6 +62,7 @@ def exclude(
         for source, names in matching.items()
     }
     new = {source: names for source, names in new.items() if names}
+    _check_left(stores, known, new)
     if new:
         facts = {} if step is None else {"step": step}
         ledger.append(
@@ -76,6 +84,23 @@ def _check_step(found: ledger.Ledger, step: int | None) -> None:
                 f"stays learnt; leave --step out, or give {found.reached} or more"
             ]
         )
+
+
+def _check_left(
+    stores: dict[str, RowStore], known: set[tuple[str, int]], new: dict[str, dict[int, str]]
+) -> None:
+    """A source without documents would feed steps of padding."""
+    gone = {
+        source: sum(s == source for s, _ in known) + len(names) for source, names in new.items()
+    }
+    problems = [
+        f"source {source!r} has {stores[source].documents} documents, and none would be left: give "
+        "it rate 0 in its place, with DataConfig.weight_changes"
+        for source, count in gone.items()
+        if count >= stores[source].documents
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _matching(

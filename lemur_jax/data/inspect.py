@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data import location
 from lemur_jax.data.batch import make_batch
 from lemur_jax.data.nearest import nearest
 from lemur_jax.data.pipeline import read_manifest
@@ -69,7 +69,8 @@ def views(
             raise ConfigError(
                 [f"split={split!r} of {source!r} is absent; legal: {', '.join(about['splits'])}"]
             )
-        store = RowStore(Path(path) / source / split, about["splits"][split].get("parts"))
+        where = location.join(path, source, split)
+        store = RowStore(where, about["splits"][split].get("parts"))
         for row in rows:
             if not 0 <= row < store.rows:
                 raise ConfigError(
@@ -93,6 +94,11 @@ def _view(store: RowStore, source: str, split: str, row: int) -> RowView:
     )
 
 
+def open_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer of the data set at `path`."""
+    return Tokenizer.load(location.fetch(location.join(path, "tokenizer")))
+
+
 def inspect(
     path: str,
     split: str = "train",
@@ -107,7 +113,7 @@ def inspect(
     console = console or Console()
     tokenizer = None
     for view in views(path, split, rows, sources):
-        tokenizer = tokenizer or Tokenizer.load(Path(path) / "tokenizer")
+        tokenizer = tokenizer or open_tokenizer(path)
         _print_row(console, tokenizer, view)
 
 

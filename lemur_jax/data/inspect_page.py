@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lemur_jax.data.inspect import RowView, views
+from lemur_jax.data.inspect import RowView, open_tokenizer, views
 from lemur_jax.data.tokenizer import Tokenizer
 
 COLOURS = 8  # of documents, as the style sheet has them
@@ -56,7 +56,7 @@ def write(
     Raises ConfigError as `inspect.views` does; then nothing is written.
     """
     found = list(views(path, split, rows, sources))
-    tokenizer = Tokenizer.load(Path(path) / "tokenizer")
+    tokenizer = open_tokenizer(path)
     title = html.escape(f"Packed rows of {path}")
     sections = "\n".join(_section(view, tokenizer) for view in found)
     Path(file).write_text(

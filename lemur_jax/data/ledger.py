@@ -4,8 +4,9 @@ Lines are only ever added. Events, with what each holds beside `time` and `chain
 
     begun, resumed  step, the position (see Pipeline.position), path of the data set, processes and
                     the `ranges` of rows of a micro-batch that they read, micro_batches
-    saved           step, `since` (the step of the start or checkpoint before), `reads`: the sum of
-                    the hashes of all rows that were fed since then (see reads.py)
+    saved           before the checkpoint is: step, `since` (the step of the start or checkpoint
+                    before), `reads`: the sum of the hashes of all rows that were fed since then
+                    (see reads.py)
     exclude         documents {source: [numbers]}, their paths, `asked`: the words of the command;
                     in force from the step of the next line that says begun or resumed, or from
                     `step` when it has one and that is later
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data import location
 from lemur_jax.data.events import Exclusion
 
 LEDGER = "data_ledger.jsonl"
@@ -76,9 +78,17 @@ class Ledger:
 
 def read(path: Path) -> Ledger:
     """The ledger in file `path`; an absent file is an empty ledger."""
+    return _parse(path, path.read_bytes() if path.exists() else b"")
+
+
+def read_exclusions(data: str) -> Ledger:
+    """What is excluded in the data set at `data` (local or in object storage)."""
+    return _parse(Path(data) / EXCLUSIONS, location.read(data, EXCLUSIONS) or b"")
+
+
+def _parse(path: Path, text: bytes) -> Ledger:
     entries, problems, torn, chain = [], [], [], ""
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lemur_jax.data.ledger import STARTS, Entry
-from lemur_jax.data.reads import tile
+from lemur_jax.data.reads import cover
 
 
 class Interval(NamedTuple):
@@ -95,13 +95,13 @@ def trace(entries: Sequence[Entry]) -> Lineage:
 
 
 def _split_problems(start: Entry) -> list[str]:
-    """Whether the processes of a start read every row of a step, and none twice."""
+    """Whether the processes of a start read every row of a step."""
     rows, micro_batches, size = start["rows"], start["micro_batches"], start["batch_size"]
     problems = []
-    if not tile(start["ranges"], rows):
+    if not cover(start["ranges"], rows):
         problems.append(
-            f"processes read rows {start['ranges']} of each micro-batch of {rows}: that leaves "
-            "rows out or reads some twice"
+            f"processes read rows {start['ranges']} of each micro-batch of {rows}: that is not "
+            "all of them"
         )
     if rows * micro_batches != size:
         problems.append(f"{micro_batches} micro-batches of {rows} rows are not {size} rows")

@@ -7,7 +7,7 @@ swapped or of other content; it is no protection against one who seeks a collisi
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,10 +16,17 @@ from lemur_jax.data.batch import Batch
 _MODULUS = 2**64
 
 
-def hash_rows(step: int, first_row: int, batch: Batch) -> int:
-    """Sum of the hashes of a part of the global batch of `step` that begins at row `first_row`."""
+def hash_rows(step: int, first_row: int, batch: Batch, wanted: Sequence[int] | None = None) -> int:
+    """Sum of the hashes of rows of the global batch of a step.
+
+    Args:
+      step: of the batch, the first being 0.
+      first_row: of the global batch, with which the part `batch` begins.
+      batch: a part of the global batch.
+      wanted: which of its rows count; None: all.
+    """
     total = 0
-    for index in range(len(batch.inputs)):
+    for index in range(len(batch.inputs)) if wanted is None else wanted:
         digest = hashlib.blake2b(f"{step} {first_row + index}".encode(), digest_size=8)
         for field in batch:
             digest.update(np.ascontiguousarray(field[index]))
@@ -27,7 +34,7 @@ def hash_rows(step: int, first_row: int, batch: Batch) -> int:
     return total % _MODULUS
 
 
-def add(sums: Sequence[int]) -> int:
+def add(sums: Iterable[int]) -> int:
     """The sum for all rows from the sums of parts."""
     return sum(sums) % _MODULUS
 
@@ -38,9 +45,9 @@ class Reads:
     def __init__(self):
         self._sum = 0
 
-    def add(self, step: int, first_row: int, batch: Batch) -> None:
-        """Counts rows that are about to be fed."""
-        self._sum = add([self._sum, hash_rows(step, first_row, batch)])
+    def add(self, step: int, first_row: int, batch: Batch, wanted: Sequence[int]) -> None:
+        """Counts rows that are about to be fed; arguments as of `hash_rows`."""
+        self._sum = add([self._sum, hash_rows(step, first_row, batch, wanted)])
 
     def take(self) -> int:
         """The sum since the last call, and begins again from 0."""
@@ -48,11 +55,11 @@ class Reads:
         return taken
 
 
-def tile(ranges: Sequence[Sequence[int]], rows: int) -> bool:
-    """Whether the different ranges among `ranges` are [0, rows), without gap or overlap."""
-    at = 0
-    for start, stop in sorted({tuple(part) for part in ranges}):
-        if start != at:
+def cover(ranges: Iterable[Sequence[int]], rows: int) -> bool:
+    """Whether `ranges`, which may overlap, cover [0, rows) and nothing beyond."""
+    reached = 0
+    for start, stop in sorted(tuple(part) for part in ranges):
+        if start > reached or start < 0:
             return False
-        at = stop
-    return at == rows
+        reached = max(reached, stop)
+    return reached == rows

@@ -8,7 +8,7 @@ import jax
 from lemur_jax.checkpoint import CheckpointError
 from lemur_jax.checkpoint.agreement import Agreement
 from lemur_jax.config import ConfigError, DataConfig
-from lemur_jax.data import ledger
+from lemur_jax.data import ledger, location
 from lemur_jax.data.batch import Batch
 from lemur_jax.data.events import Exclusion, exclusions_text
 from lemur_jax.data.pipeline import Pipeline
@@ -33,10 +33,12 @@ class DataRecord:
         self.problems = found.problems
         self._first_start = not found.starts
         # Exclusions of the data set hold for runs that start after them: taken over here, once.
-        of_data_set = ledger.read(Path(config.path) / ledger.EXCLUSIONS).entries
+        of_data_set = ledger.read_exclusions(config.path).entries
         self._adopted = ledger.adopted(found.entries, of_data_set)
         self._entries = [*found.entries, *self._adopted]
-        self._reads, self._since, self._part = Reads(), 0, (0, 0)
+        self._process = jax.process_index()
+        self._reads, self._since = Reads(), 0
+        self._mine: range | list[int] = range(0)  # rows of its part that this process counts
 
     def exclusions(self, next_step: int) -> tuple[Exclusion, ...]:
         """What is left out; what no start has seen yet is from `next_step` on."""
@@ -56,11 +58,21 @@ class DataRecord:
 
         Raises ConfigError when processes found other exclusions: they do not share the run_dir.
         """
-        self._since, self._part = step, part
         self._agree(exclusions_text(pipeline.exclusions))
-        parts = self._gather("{} {}".format(*part))
-        if parts is None:
+        texts = self._texts_of("{} {}".format(*part), readers="all")
+        parts = [tuple(map(int, text.split())) for text in texts]
+        # Parts may overlap (a mesh that splits the model over hosts, or interleaves them): each
+        # row is counted by the first process that reads it.
+        earlier = parts[: self._process]
+        self._mine = [
+            row - part[0]
+            for row in range(*part)
+            if not any(start <= row < stop for start, stop in earlier)
+        ]
+        self._since = step
+        if self._process != 0:
             return
+        path = self._config.path
         for entry in self._adopted:
             facts = {name: fact for name, fact in entry.facts.items() if name != "time"}
             ledger.append(
@@ -70,22 +82,22 @@ class DataRecord:
             self._path,
             "begun" if self._first_start and step == 0 else "resumed",
             **pipeline.position(step),
-            path=str(Path(self._config.path).absolute()),
+            path=str(location.local(path) if location.is_local(path) else path),
             processes=len(parts),
-            ranges=sorted({tuple(map(int, text.split())) for text in parts}),
+            ranges=sorted(set(parts)),
             rows=rows,
             micro_batches=micro_batches,
         )
 
     def add(self, step: int, first_row: int, batch: Batch) -> None:
         """Counts rows of the global batch of `step` that this process is about to feed."""
-        self._reads.add(step, first_row, batch)
+        self._reads.add(step, first_row, batch, self._mine)
 
     def saved(self, step: int) -> None:
         """Writes that a checkpoint of `step` is being saved, and what was fed since the last."""
-        parts = self._gather("{} {} {}".format(*self._part, self._reads.take()))
-        if parts is not None:
-            facts = {"step": step, "since": self._since, "reads": f"{_sum(parts):016x}"}
+        sums = self._texts_of(str(self._reads.take()), readers="first")
+        if self._process == 0:
+            facts = {"step": step, "since": self._since, "reads": f"{add(map(int, sums)):016x}"}
             ledger.append(self._path, "saved", **facts)
         self._since = step
 
@@ -101,29 +113,19 @@ class DataRecord:
             problem = f"TrainConfig.run_dir: {error}: every process must see the same directory"
             raise ConfigError([problem]) from error
 
-    def _gather(self, text: str) -> list[str] | None:
-        """The texts of all processes, in process 0; None elsewhere. No device takes part."""
+    def _texts_of(self, text: str, readers: str) -> list[str]:
+        """What each process says, in their order, for process 0 (readers="first"; [] for the
+        others) or for "all". No device takes part."""
         if jax.process_count() == 1:
             return [text]
         from jax._src import distributed  # see checkpoint/agreement.py
 
         client, key = distributed.global_state.client, f"lemur_data/{next(_serial_numbers)}"
-        client.key_value_set(f"{key}/{jax.process_index()}", text)
-        if jax.process_index() != 0:
-            return None
+        client.key_value_set(f"{key}/{self._process}", text)
+        if readers == "first" and self._process != 0:
+            return []
         milliseconds = int(TIMEOUT_SECONDS * 1000)
         return [
             str(client.blocking_key_value_get(f"{key}/{process}", milliseconds))
             for process in range(jax.process_count())
         ]
-
-
-def _sum(parts: list[str]) -> int:
-    """Processes that read the same rows (a mesh that splits the model over hosts) count once."""
-    sums: dict[tuple[int, int], set[int]] = {}
-    for text in parts:
-        start, stop, value = map(int, text.split())
-        sums.setdefault((start, stop), set()).add(value)
-    # Two processes that fed other content as the same rows: the sum then is nobody's, and
-    # `lemur data audit` says so.
-    return add([value for values in sums.values() for value in values])

@@ -116,13 +116,14 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     small_files = saved.files(operative_config, pipeline, begun)
 
     def save(step: int) -> None:
+        # First: a checkpoint that a kill left without its line would look like skipped steps.
+        record.saved(step)
         writer.save(
             step,
             saved.to_items(state),
             about=saved.about(config, pipeline, begun, step),
             files=small_files,
         )
-        record.saved(step)
 
     # ----- step ------------------------------------------------------------------------------
     if first_step < config.steps:

@@ -1,5 +1,7 @@
 """Runs without a model: what the training loop reads and writes down, for any number of hosts."""
 
+import concurrent.futures
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,57 +17,64 @@ class Session(NamedTuple):
     Attributes:
       start: the step it goes on from.
       saves: steps of its checkpoints, ascending.
-      cuts: host i reads rows [cuts[i], cuts[i + 1]) of each micro-batch.
+      parts: [start, stop) of the rows of each micro-batch that each host reads.
+      rows: of a micro-batch.
       micro_batches: of a step.
     """
 
     start: int
     saves: Sequence[int]
-    cuts: Sequence[int]
+    parts: Sequence[tuple[int, int]]
+    rows: int = 12
     micro_batches: int = 1
 
 
 class _Host(DataRecord):
-    """A process that hands its words to the others through a list."""
+    """A process that is a thread: it tells the others its words through a list."""
 
-    def __init__(self, run_dir, config, words: list[str], last: bool):
+    def __init__(self, run_dir, config, process: int, said: list[str], barrier: threading.Barrier):
         super().__init__(run_dir, config)
-        self.words, self.last = words, last
+        self._process, self.said, self.barrier = process, said, barrier
 
-    def _gather(self, text):
-        self.words.append(text)
-        if not self.last:
-            return None
-        said = list(self.words)
-        self.words.clear()
-        return said
+    def _texts_of(self, text, readers):
+        self.said[self._process] = text
+        self.barrier.wait(60)
+        heard = list(self.said)
+        self.barrier.wait(60)
+        return heard if readers == "all" or self._process == 0 else []
+
+
+def _run(host: _Host, pipeline: Pipeline, session: Session, part: tuple[int, int]) -> None:
+    host.start(session.start, pipeline, part, session.rows, session.micro_batches)
+    at = session.start
+    for save in session.saves:
+        for step in range(at, save):
+            for micro in range(session.micro_batches):
+                first, last = (micro * session.rows + row for row in part)
+                host.add(step, first, pipeline.rows(step, first, last))
+        host.saved(save)
+        at = save
 
 
 def simulate(run_dir: Path, config: DataConfig, sessions: Sequence[Session]) -> Mapping[int, dict]:
     """Runs the sessions one after another; returns the data position of each checkpoint."""
-    run_dir.mkdir(exist_ok=True)
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     positions: dict[int, dict] = {}
     for session in sessions:
-        words: list[str] = []
-        parts = list(zip(session.cuts, session.cuts[1:]))
-        hosts = [_Host(run_dir, config, words, part is parts[-1]) for part in parts]
+        n = len(session.parts)
+        said, barrier = [""] * n, threading.Barrier(n)
+        hosts = [_Host(run_dir, config, process, said, barrier) for process in range(n)]
         pipeline = Pipeline(config, hosts[0].exclusions(NO_STEP_YET))
         if session.start in positions:
             pipeline.check_position(positions[session.start])
         positions = {step: at for step, at in positions.items() if step <= session.start}
         pipeline = pipeline.excluding(hosts[0].exclusions(session.start))
-        rows = session.cuts[-1]
-        for host, part in zip(hosts, parts):
-            host.start(session.start, pipeline, part, rows, session.micro_batches)
-        at = session.start
-        for save in session.saves:
-            for step in range(at, save):
-                for host, (start, stop) in zip(hosts, parts):
-                    for micro in range(session.micro_batches):
-                        first = micro * rows + start
-                        host.add(step, first, pipeline.rows(step, first, micro * rows + stop))
-            for host in hosts:
-                host.saved(save)
-            positions[save], at = pipeline.position(save), save
+        with concurrent.futures.ThreadPoolExecutor(n) as pool:
+            running = [
+                pool.submit(_run, host, pipeline, session, part)
+                for host, part in zip(hosts, session.parts)
+            ]
+            for future in running:
+                future.result()
+        positions |= {save: pipeline.position(save) for save in session.saves}
     return positions

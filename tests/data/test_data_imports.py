@@ -16,6 +16,7 @@ SLOW = (
     [
         *("pipeline", "tokenizer", "tokenizer_files", "build", "corpus", "inspect"),
         *("sources", "epochs", "reading.formats", "cleaning.clean"),
+        *("inspect_page", "audit", "why", "exclude"),
     ],
 )
 def test_imports_stay_light(module):

@@ -116,7 +116,7 @@ lengths = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(code=lengths, text=lengths, pick=st.integers(0, 2**18 - 1), step=st.integers(0, 3))
 def test_an_exclusion_leaves_the_rest_bitwise(tokenizer, code, text, pick, step):
     """Red if a piece is one column off, the last row of a long document is forgotten, tokens stay
@@ -154,7 +154,8 @@ def test_an_exclusion_leaves_the_rest_bitwise(tokenizer, code, text, pick, step)
 
 
 def test_the_first_step_of_an_exclusion_counts(data):
-    """Red if a later exclusion of the same document takes the place of an earlier one."""
+    """Red if a later exclusion of the same document takes the place of an earlier one, or a
+    document of the same row goes before its own step."""
     late, early = Exclusion(9, {"code": (1,)}), Exclusion(2, {"code": (1,)})
     for both in ([late, early], [early, late]):
         pipeline = open_with(data, both)
@@ -163,6 +164,9 @@ def test_the_first_step_of_an_exclusion_counts(data):
         )
         assert pipeline.excluded_pieces(2, "code", place.row)
         assert not pipeline.excluded_pieces(1, "code", place.row)
+    pipeline = open_with(data, [Exclusion(2, {"code": (0,)}), Exclusion(9, {"code": (1,)})])
+    for step, gone in ((1, []), (2, [0]), (8, [0]), (9, [0, 1])):
+        assert [p.document for p in pipeline.excluded_pieces(step, "code", 0)] == gone
 
 
 def test_exclusions_in_the_position(data):

@@ -27,6 +27,7 @@ from lemur_jax.config import (
     RopeConfig,
     TrainConfig,
 )
+from lemur_jax.data import ledger
 from lemur_jax.data.audit import audit
 from lemur_jax.data.exclude import exclude
 from lemur_jax.train import loop, metrics
@@ -95,9 +96,25 @@ def positions(run_dir: Path) -> dict[int, dict]:
     return {s: checkpoint.describe(run_dir / "checkpoints" / str(s)).about["data"] for s in steps}
 
 
-def test_what_a_run_reads_is_proved(tiny_data, tmp_path):
-    """Red if the loop does not write its ledger, feeds other rows than it counts, or an exclusion
-    or a change of weights does not reach the batches."""
+def test_what_a_run_read_is_proved(whole_run):
+    """Red if the loop does not write its ledger, or feeds other rows than it counts."""
+    result = audit(whole_run, positions(whole_run), full=True)
+    assert result.violations == [] and result.read_again == 8
+    assert [interval[:2] for interval in result.lineage.intervals] == [(0, 4), (4, 8)]
+
+
+@pytest.mark.slow
+def test_what_a_run_with_events_reads_is_proved(tiny_data, tmp_path, monkeypatch):
+    """Red if an exclusion or a change of weights does not reach the batches, or if the ledger's
+    line comes after the checkpoint: a kill between the two would look like skipped steps."""
+    original = checkpoint.CheckpointWriter.save
+
+    def checked(self, step, *arguments, **fields):
+        last = ledger.read_run(tmp_path).entries[-1]
+        assert (last.event, last["step"]) == ("saved", step)
+        original(self, step, *arguments, **fields)
+
+    monkeypatch.setattr(checkpoint.CheckpointWriter, "save", checked)
     run = config(tmp_path, tiny_data, steps=4, evaluation=EvaluationConfig(batches=1))
     loop.train(run, "")
     excluded = exclude(str(tmp_path), patterns=["a*.py"])
