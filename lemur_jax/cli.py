@@ -311,6 +311,7 @@ def _dry_run(run, text: str) -> None:
     gib = 2**30
     for name, value in {
         "parameters": f"{sizes.parameters:,}",
+        "trained of them, or beside them": f"{sizes.trained:,}",
         "tokens of the run": f"{sizes.tokens:,}",
         "model FLOPs of a step": f"{sizes.flops_per_step:.3e}",
         "mesh": ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(mesh).items()),

@@ -1,6 +1,7 @@
 """`lemur check` on a sound run passes; each injected fault is caught, and by its own check."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -240,6 +241,37 @@ def gin(config) -> list[str]:
         "MeshConfig.fsdp": 8,
     }
     return [f"--gin.{name}={value!r}" for name, value in values.items()]
+
+
+def test_a_certificate_is_of_one_config_and_data(tmp_path):
+    """Red if the fingerprint left out the manifest or the config, or damage were an exception."""
+    manifest = {"digest": "a"}
+    mark = certificate.fingerprint("text", manifest)
+    result = certificate.judge("masks", "wrong", {}, ["mend it"])
+    made = certificate.Certificate(mark, {"model": "m"}, ("one layer",), (result,))
+    assert not made.passed
+    text = made.write(tmp_path / "run").read_text()
+    assert "FAILED: masks" in text and "to do: mend it" in text and "one layer" in text
+    found = functools.partial(certificate.found_for, tmp_path / "run")
+    assert found("text", manifest) == "certificate of this config and data: FAILED: masks"
+    for other in (("text 2", manifest), ("text", {"digest": "b"})):
+        assert "another config or data" in found(*other)
+    (tmp_path / "run" / certificate.JSON).write_text("{")
+    assert "cannot be read" in found("text", manifest)
+    assert "none" in certificate.found_for(tmp_path, "text", manifest)
+
+
+def test_what_the_command_refuses(tiny_data, tmp_path, capsys):
+    """Red if the data set or --rows were looked at late, with a traceback."""
+    config = make_config(tmp_path / "run", tiny_data)
+    for flags, said in (
+        ([*gin(config), "--rows=0"], "--rows=0"),
+        ([*gin(config), "--gin.DataConfig.path='none'"], "DataConfig.path='none' holds no data"),
+        ([*gin(config), "--gin.ModelConfig.vocab_size=100"], "vocab_size=100 is smaller"),
+    ):
+        assert main(["check", *flags]) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,9 @@ def load_reference(path):
     return load_model(path, config=config)
 
 
-@pytest.fixture(params=[False, True], ids=["matrices", "embeddings too"])
+@pytest.fixture(
+    params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["matrices", "embeddings too"]
+)
 def run(tmp_path, base, request):
     """(run with LoRA, PEFT's model of the same adapters)."""
     directory, model = base
@@ -110,6 +113,21 @@ def run(tmp_path, base, request):
     adapted = adapt(model, modules_to_save=saved)
     flat = ours_of(adapted, config, open_source(directory).config)
     return write_run(tmp_path / "run", directory, flat, config), adapted
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """(base directory, PEFT's directory of adapters): never changed."""
+    root = tmp_path_factory.mktemp("sound")
+    adapt(make(root / "hf", num_key_value_heads=2)).save_pretrained(root / "saved")
+    return root / "hf", root / "saved"
+
+
+@pytest.fixture
+def saved(sound, tmp_path):
+    """(base directory, a copy of PEFT's directory, to be damaged)."""
+    shutil.copytree(sound[1], tmp_path / "saved")
+    return sound[0], tmp_path / "saved"
 
 
 TOKENS = random_tokens(128, 2, 16)
@@ -191,42 +209,42 @@ def test_init_from_a_peft_directory(base, tmp_path):
         ({"lora_alpha": "x"}, "alpha='x'"),
     ],
 )
-def test_a_config_that_computes_something_else_is_refused(base, tmp_path, changes, said):
+def test_a_config_that_computes_something_else_is_refused(saved, changes, said):
     """Red if an option that changes the formula were ignored (`_HARMLESS` too wide)."""
-    adapt(base[1]).save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "adapter_config.json"
+    base, directory = saved
+    path = directory / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConversionError) as caught:
-        open_peft(tmp_path / "saved", open_source(base[0]))
+        open_peft(directory, open_source(base))
     assert said in str(caught.value)
 
 
-def test_missing_and_strange_tensors_are_named(base, tmp_path):
+def test_missing_and_strange_tensors_are_named(saved):
     """Red if a layer without adapters were taken as unchanged."""
-    adapt(base[1]).save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "adapter_model.safetensors"
+    base, directory = saved
+    path = directory / "adapter_model.safetensors"
     tensors = safetensors_numpy.load_file(path)
     gone = names("wq", 1)[0]
     tensors["base_model.model.lm_head.weight"] = tensors.pop(gone)
     safetensors_numpy.save_file(tensors, path)
     with pytest.raises(ConversionError) as caught:
-        open_peft(tmp_path / "saved", open_source(base[0]))
+        open_peft(directory, open_source(base))
     assert f"lacks {gone}" in str(caught.value) and "holds base_model.model.lm_head" in str(
         caught.value
     )
 
 
-def test_what_the_command_refuses(base, tmp_path, capsys):
+def test_what_the_command_refuses(saved, tmp_path, capsys):
     """Red if a full model became empty adapters, or a base elsewhere were not asked for."""
-    assert main(["convert", str(base[0]), str(tmp_path / "no"), "--to=peft"]) == 2
+    base, directory = saved
+    assert main(["convert", str(base), str(tmp_path / "no"), "--to=peft"]) == 2
     assert "has no adapters" in capsys.readouterr().err
-    adapt(base[1]).save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "adapter_config.json"
+    path = directory / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": "hub/name"}
     path.write_text(json.dumps(config))
-    assert main(["convert", str(tmp_path / "saved"), str(tmp_path / "no")]) == 2
+    assert main(["convert", str(directory), str(tmp_path / "no")]) == 2
     assert "--base=MODEL" in capsys.readouterr().err
-    assert main(["convert", str(base[0]), str(tmp_path / "no"), "--base=x"]) == 2
+    assert main(["convert", str(base), str(tmp_path / "no"), "--base=x"]) == 2
     assert "--base is of PEFT's adapters" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 

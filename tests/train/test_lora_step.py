@@ -99,9 +99,16 @@ def test_only_adapters_are_trained(on_one_device):
     ("mesh", "micro", "explicit", "over"),
     [
         (MeshConfig(fsdp=8), 1, False, {}),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 2, False, {"remat": "full"}),
-        (MeshConfig(fsdp=1, tensor=8), 1, False, {}),  # tensor > kv_heads
-        (MeshConfig(fsdp_outer=2, fsdp=2, sequence=2), 2, True, {"scan_unroll": 2}),
+        pytest.param(
+            *(MeshConfig(data=2, fsdp=2, tensor=2), 2, False, {"remat": "full"}),
+            marks=pytest.mark.slow,
+        ),
+        # tensor > kv_heads
+        pytest.param(MeshConfig(fsdp=1, tensor=8), 1, False, {}, marks=pytest.mark.slow),
+        pytest.param(
+            *(MeshConfig(fsdp_outer=2, fsdp=2, sequence=2), 2, True, {"scan_unroll": 2}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -131,6 +138,7 @@ def test_the_frozen_base_has_no_gradient():
     assert few.memory_analysis().temp_size_in_bytes < all_.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_adafactor_takes_adapters():
     """Red if per_layer wanted a table and a head of what it updates."""
     history, *_ = run(optim=dataclasses.replace(OPTIMIZER, name="adafactor"), steps=2)
