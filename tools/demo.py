@@ -96,8 +96,8 @@ def main() -> int:
 
 
 def without_notes(output: str) -> str:
-    """What was sampled, without the timing line."""
-    return output.split("\nlemur: ")[0]
+    """What was sampled, without the timing line and what libtpu, if installed, says at its start."""
+    return output[output.find(CODE_PROMPT) :].split("\nlemur: ")[0]
 
 
 def quoted(text: str) -> str:
