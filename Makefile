@@ -1,12 +1,16 @@
-# `make demo`: the main job end to end on this machine. `make test`: the tests.
+# `make demo`: the main job end to end on this machine, `make sft-demo`: instruction tuning of its
+# model. `make test`: the tests.
 PYTHON ?= python3
 VENV ?= .venv
 UV = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-slow certify golden check fmt
+.PHONY: demo sft-demo test test-slow certify golden check fmt
 
 demo: $(VENV)/.ready
 	$(VENV)/bin/python tools/demo.py
+
+sft-demo: $(VENV)/.ready
+	$(VENV)/bin/python tools/sft_demo.py
 
 test: $(VENV)/.ready-test
 	$(VENV)/bin/python -m pytest -n 4 --dist loadfile

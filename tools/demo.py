@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def without_notes(output: str) -> str:
-    """What was sampled, without the timing line and what libtpu, if installed, says at its start."""
+    """What was sampled, without the timing line and what libtpu, if installed, says first."""
     return output[output.find(CODE_PROMPT) :].split("\nlemur: ")[0]
 
 
