@@ -307,15 +307,15 @@ def test_every_token_but_the_first_is_a_target_once(
 
 def test_truncate_counts_what_it_cuts(tmp_path, tokenizer, quiet):
     """Red if documents of exactly a row are cut, or the count is of documents only."""
-    ids = [tokenizer.encode("a " * n, bos=True, eos=True) for n in (2, 29, 200)]
-    of = source(
-        lines_of(["a " * n for n in (2, 29, 200)], tmp_path / "in"),
-        validation_files=lines_of(["v"], tmp_path / "v"),
-    )
+    lines = ["1" * n for n in range(1, 80)]  # a digit is a token
+    ids = [tokenizer.encode(text, bos=True, eos=True) for text in lines]
+    assert T + 1 in map(len, ids)
+    of = source(lines_of(lines, tmp_path / "in"), validation_files=lines_of(["v"], tmp_path / "v"))
     config = config_of(tmp_path, tokenizer, of, workers=1, split_documents="truncate")
     counts = build(config, quiet)["sources"]["code"]["counts"]
     assert reconstruct(RowStore(tmp_path / "data/code/train")) == [i[: T + 1] for i in ids]
-    assert counts["truncated"] == 1 and counts["truncated_tokens"] == len(ids[2]) - T - 1
+    lost = [len(i) - T - 1 for i in ids if len(i) > T + 1]
+    assert (counts["truncated"], counts["truncated_tokens"]) == (len(lost), sum(lost))
 
 
 def test_documents_of_only_unknown_tokens_are_counted(tmp_path, tokenizer, quiet, monkeypatch):
