@@ -86,6 +86,7 @@ def test_one_part_a_shard(whole, shards, tokenizer):
     assert all(sum(s.bytes for s in group.shards) >= 10**6 for group in groups[:-1])
 
 
+@pytest.mark.slow
 def test_any_number_of_workers(whole, shards, tmp_path, tokenizer, quiet):
     """Red if entries are kept in the order in which they were finished."""
     config = config_over(shards, tmp_path / "data", tokenizer, workers=3)
@@ -175,6 +176,7 @@ def test_a_removed_or_damaged_part_is_built_again(whole, shards, tmp_path, token
     assert same_files(whole[0], root)
 
 
+@pytest.mark.slow
 def test_an_input_that_changed_meanwhile(whole, shards, tmp_path, tokenizer, quiet):
     """Red if a group's key leaves out the fingerprints of its shards, or parts beyond the plan
     stay in the directory."""
@@ -352,6 +354,7 @@ def test_a_tokenizer_without_bos(tmp_path, tokenizer, quiet):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_keeps_finished_parts(shards, tmp_path, tokenizer, quiet):
     """Red if the ConfigError of a worker loses its words, the first one stops the other parts, or
     `_leave` removes finished parts."""
