@@ -207,7 +207,7 @@ def build(config: BuildConfig, console: Console | None = None) -> dict:
             config.path, f"{manifest.JOURNAL}/build.json", (json.dumps(about) + "\n").encode()
         )
         try:
-            entries = build_groups(config, planned, console)
+            entries = build_groups(config, planned, tokenizer.fingerprint, console)
             result = finish(config, about, entries, tokenizer)
         except BaseException:
             if found is None:

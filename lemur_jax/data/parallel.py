@@ -34,12 +34,12 @@ PROBLEMS = 20  # bad inputs that are collected before a build gives up
 
 
 def build_groups(
-    config: "BuildConfig", planned: Mapping[str, list], console: Console
+    config: "BuildConfig", planned: Mapping[str, list], fingerprint: str, console: Console
 ) -> dict[str, list[dict]]:
     """Journal entries of every group of every source, in order; builds those that are missing."""
     cores = config.workers or os.cpu_count() or 1
     work = {
-        source.name: [Work(config, source, group, 1) for group in planned[source.name]]
+        source.name: [Work(config, source, group, fingerprint) for group in planned[source.name]]
         for source in config.sources
     }
     entries = {item.journal: _whole_entry(item) for items in work.values() for item in items}

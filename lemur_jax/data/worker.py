@@ -5,6 +5,7 @@ one with another key, writes the part again from the start. The rows depend on t
 """
 
 import dataclasses
+import functools
 import json
 import os
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lemur_jax.config import ConfigError
 from lemur_jax.data import location
 from lemur_jax.data.files import Document
 from lemur_jax.data.fim import FillInTheMiddle, draw
@@ -47,7 +49,8 @@ class Work:
     config: "BuildConfig"
     source: SourceConfig
     group: Group
-    threads: int
+    fingerprint: str  # of the tokenizer that the build began with
+    threads: int = 1
 
     @property
     def journal(self) -> tuple[str, str]:
@@ -102,7 +105,7 @@ def build_group(work: Work, advance: Callable[[int], None]) -> dict[str, Any]:
     Raises ConfigError for bad input, StorageError for what cannot be written.
     """
     config, name = work.config, part_name(work.group.number)
-    encoder = _Encoder(config, work.threads)
+    encoder = _Encoder(work)
     packers: dict[str, StreamPacker] = {}
     directory, entry_name = work.journal
     for split in SPLITS:
@@ -156,13 +159,28 @@ def _batches(documents: Iterator[Document], counts: dict[str, int]) -> Iterator[
         yield batch
 
 
+@functools.lru_cache(maxsize=1)
+def _tokenizer(directory: str, fingerprint: str) -> Tokenizer:
+    """One tokenizer for all groups of a process: it remembers words."""
+    tokenizer = Tokenizer.load(directory)
+    if tokenizer.fingerprint != fingerprint:
+        raise ConfigError(
+            [
+                f"BuildConfig.tokenizer={directory!r} changed while the data set was built: "
+                "restore its files, or build with the new ones in a new directory"
+            ]
+        )
+    return tokenizer
+
+
 class _Encoder:
     """Documents to the ids that are packed, as the BuildConfig wants them, and counts."""
 
-    def __init__(self, config: "BuildConfig", threads: int):
-        self.tokenizer = Tokenizer.load(config.tokenizer)
+    def __init__(self, work: Work):
+        config = work.config
+        self.tokenizer = _tokenizer(config.tokenizer, work.fingerprint)
         self.counts = dict.fromkeys(COUNTS, 0)
-        self._config, self._threads = config, threads
+        self._config, self._threads = config, work.threads
         self._bos, self._eos = config.bos_eos in ("both", "bos"), config.bos_eos in ("both", "eos")
         t = self.tokenizer
         void = (t.unk_id, t.bos_id, t.eos_id, t.id_of(SPACE))  # a text of these says nothing
