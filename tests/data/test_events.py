@@ -87,7 +87,7 @@ def test_bad_weight_changes(data, changes, words):
 
 
 def test_weight_changes_are_gin_values(data):
-    """Red if settings._fits takes the first type of a fixed tuple for all of it."""
+    """Red if settings._fits takes the first type of a fixed tuple for all of it, or any length."""
     from lemur_jax import settings as gin_settings
 
     fields = [f'DataConfig.path="{data}"', "DataConfig.batch_size=4"]
@@ -96,9 +96,10 @@ def test_weight_changes_are_gin_values(data):
     config, text = gin_settings.load(DataConfig, [], [*fields, change], [DataConfig])
     assert config.weight_changes == ((3, "text", 2.0), (5, "code", 0))
     assert "weight_changes" in text
-    with pytest.raises(ConfigError, match=r"weight_changes = .* must be tuple"):
-        bad = 'DataConfig.weight_changes=(("text", 3, 2.0),)'
-        gin_settings.load(DataConfig, [], [*fields, bad], [DataConfig])
+    for bad in ('(("text", 3, 2.0),)', '((3, "text"),)'):
+        with pytest.raises(ConfigError, match=r"weight_changes = .* must be tuple"):
+            binding = f"DataConfig.weight_changes={bad}"
+            gin_settings.load(DataConfig, [], [*fields, binding], [DataConfig])
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.sampled_from("ab"), st.floats(0, 9)), max_size=6))
