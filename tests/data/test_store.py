@@ -1,7 +1,6 @@
 """The row store: parts are one sequence, pieces are true, damage has a name."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -200,7 +199,8 @@ def test_an_empty_document_is_refused(tmp_path):
 def test_a_full_disk_is_named(tmp_path):
     """Red if TensorStore's error gets through, or part.json is written before the arrays."""
     code = (
-        "import sys; from lemur_jax.errors import LemurError\n"
+        "import resource, sys; from lemur_jax.errors import LemurError\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from lemur_jax.data.store import RowsWriter\n"
         "from lemur_jax.data.pack import StreamPacker\n"
         "packer = StreamPacker(RowsWriter(sys.argv[1], 64, 1000))\n"
@@ -210,11 +210,8 @@ def test_a_full_disk_is_named(tmp_path):
         "except LemurError as error: sys.exit(str(error))\n"
     )
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
     arguments = [sys.executable, "-c", code, str(tmp_path / "s")]
-    done = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=limit)
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 1, done
     assert "cannot be written" in done.stderr and "the disk is full" in done.stderr, done.stderr
     assert "/s/" in done.stderr and "free some space" in done.stderr
