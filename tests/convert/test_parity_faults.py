@@ -6,6 +6,7 @@ import pytest
 from hf_models import TINY, edit_json, make, torch
 from parity_faults import (
     ALL,
+    CLOSING,
     FAULTS,
     HEAD_DIM,
     HEADS,
@@ -50,6 +51,14 @@ def test_a_fault_is_named(good, tmp_path, fault):
     if fault in WORDS:
         assert any(WORDS[fault] in s.text for s in report.findings), report.findings
     assert all(s.fix for s in report.findings if s.fault)
+
+
+@pytest.mark.parametrize("fault", CLOSING, ids=lambda fault: fault.__name__)
+def test_the_closing_words_fit_the_size(good, tmp_path, fault):
+    """Red if _UNRELATED is 0 or _ABSURD is 1e60: random numbers were "trained"."""
+    right, bad = damaged(good, tmp_path, fault)
+    report = parity(right, bad, tokens=8, say=lambda line: None)
+    assert all(CLOSING[fault] in s.fix for s in report.findings), report.findings
 
 
 def test_the_first_operation_that_differs(good, tmp_path):

@@ -31,6 +31,22 @@ def agree(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return same_bits(x, y) if x.dtype == y.dtype else close(x, y)
 
 
+def constant(array: np.ndarray) -> bool:
+    """Whether every element is the same number."""
+    return all((row == array[0, 0]).all() for row in array)
+
+
+def same_everywhere(leaf: str, layer: int | None, value: float) -> Finding:
+    """A tensor that is one number."""
+    if value == 0:
+        what = "holds only zeros"
+    elif value == 1 and "norm" in leaf:
+        what = "is 1 in every element: it was set back to its start, or never loaded"
+    else:
+        what = f"is {value:.6g} in every element"
+    return Finding("constant", leaf, layer, what, "write it again from its source")
+
+
 @dataclass
 class Damage:
     """Everything that differs between a tensor and what it should be.
