@@ -21,11 +21,12 @@ from parity_faults import (
     overflow,
     q_not_permuted,
     safe,
+    save,
 )
 
 from lemur_jax import cli
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.parity import parity
+from lemur_jax.convert.parity import ours, parity
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +93,47 @@ def test_a_healthy_pair_has_no_fault(good, tmp_path, capsys):
         assert f"note: dtype of the weights is {to}" in out and "FAULT" not in out
 
 
-def test_rounding_through_another_dtype_is_a_note(good, tmp_path):
-    """Red if values that only lost bits are called damaged: float32 that has been bfloat16."""
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_rounding_through_another_dtype_is_a_note(good, tmp_path, capsys, name):
+    """Red if values that only lost bits are called damaged, or `_round` asks for the stored dtype
+    only: the same numbers stored in 16 bits pass, so they do in 32."""
+
+    def through(w, c):
+        w |= {key: tensor.to(getattr(torch, name)).float() for key, tensor in w.items()}
+
+    right, rounded = damaged(good, tmp_path, through)
+    assert cli.main(["convert", "parity", str(right), str(rounded), "--tokens=8"]) == 0
+    out = capsys.readouterr().out
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 12 and all("is rounded" in note for note in notes)
+    assert "verdict: the same but for rounding of weights to 16 bits" in out
+
+
+def test_less_than_rounding_is_not_rounding(good, tmp_path):
+    """Red if small differences are a note though the numbers have more than 16 bits."""
+
+    def noisy(w, c):
+        for name in every("mlp.down_proj"):
+            w[name] = w[name] * (1 + 1e-3 * torch.randn_like(w[name]).clamp(-3, 3))
+
+    report = parity(*damaged(good, tmp_path, noisy), tokens=8, say=lambda line: None)
+    assert faults(report) == [("unexplained", "layers/w_down", ALL)]
+    assert not report.same
+
+
+def test_notes_do_not_excuse_our_code(good, tmp_path, monkeypatch):
+    """Red if a note of rounding makes every divergence rounding."""
 
     def through_bfloat16(w, c):
         w |= {name: tensor.bfloat16().float() for name, tensor in w.items()}
 
     right, rounded = damaged(good, tmp_path, through_bfloat16)
-    report = parity(right, rounded, tokens=8, say=lambda line: None)
-    assert faults(report) == []
-    assert {s.kind for s in report.findings} == {"rounded"}
-    assert not report.same  # 16 bits were lost, and the files do not say so
+    attention = ours.self_attention
+    monkeypatch.setattr(ours, "self_attention", lambda q, *rest: attention(2 * q, *rest))
+    lines = []
+    report = parity(right, rounded, tokens=8, say=lines.append)
+    assert not faults(report) and not report.same
+    assert lines[-1].endswith("'scores' of layer 0, by more than the notes explain")
 
 
 def test_the_command_says_it(good, tmp_path, capsys):
@@ -275,3 +306,108 @@ def test_too_few_tokens(good):
     """Red if 4 tokens are taken though positions cannot be spread over them."""
     with pytest.raises(ConversionError, match="tokens=4 is too few: give at least 8"):
         parity(good, tokens=4)
+
+
+def test_flags_without_effect_are_refused(good, capsys):
+    """Red if --text is ignored where there is a twin, or --max_positions where no model is
+    Meta's."""
+    for flag, words in (
+        ("--text=/nope", "--text=/nope judges one model without a twin"),
+        ("--max_positions=1", "--max_positions=1 is for Meta's weights"),
+    ):
+        argv = ["convert", "parity", str(good), str(good), "--tokens=8", flag]
+        assert cli.main(argv) == cli.EXIT_BAD_INPUT
+        captured = capsys.readouterr()
+        assert words in captured.err and "plan" not in captured.out
+
+
+# ---------------------------------------------------------------------------------------------
+# Fixes
+# ---------------------------------------------------------------------------------------------
+
+OLD = {"rope_theta": 10000.0, "rope_scaling": None}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+EDITS = {
+    "eps": ({}, {"rms_norm_eps": 1e-3}),
+    "activation": ({}, {"hidden_act": "gelu"}),
+    "theta": ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "theta of v4": (OLD, OLD | {"rope_theta": 5e5}),
+    "scaling": ({}, {"rope_parameters": LINEAR | {"rope_theta": 10000.0}}),
+    "scaling of v4": (OLD, OLD | {"rope_scaling": LINEAR}),
+    "no scaling": ({"rope_parameters": LINEAR | {"rope_theta": 5e5}}, {}),
+    "no scaling in v4": (OLD | {"rope_scaling": LINEAR}, OLD),
+    "heads": ({}, {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32}),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_an_edit_that_is_advised_mends_it(good, tmp_path, case):
+    """Red if a fix names a key that the config does not use, or a value that is refused."""
+    for name, changes in zip(("right", "wrong"), EDITS[case]):
+        content = json.loads((good / "config.json").read_text())
+        if "rope_theta" in changes:
+            del content["rope_parameters"]
+        save(tmp_path / name, good, safe.load_file(good / "model.safetensors"), content | changes)
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    report = parity(right, wrong, tokens=8, say=lambda line: None)
+    assert faults(report)
+
+    def follow(config):
+        for finding in report.findings:
+            key, _, rest = finding.fix.removeprefix("set ").partition(" to ")
+            value, _, file = rest.rpartition(" in ")
+            assert file == "config.json", finding.fix
+            *outer, key = key.split(".")
+            (config[outer[0]] if outer else config)[key] = json.loads(value)
+
+    edit_json(wrong / "config.json", follow)
+    report = parity(right, wrong, tokens=8, say=lambda line: None)
+    assert report.same and not report.findings
+
+
+def test_no_edit_is_advised_that_would_be_refused(good, tmp_path):
+    """Red if sizes that the tensors have, or rows, are to be set in config.json."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    make(tmp_path / "other", **(SHAPE | sizes))
+    lines = []
+    report = parity(good, tmp_path / "other", say=lines.append)
+    fixes = {s.kind: s.fix for s in report.findings}
+    assert set(fixes) == set(sizes)
+    assert all("none by an edit" in fix for fix in fixes.values())
+    assert "different shapes" in lines[-1]
+    make(tmp_path / "short", **(SHAPE | {"num_hidden_layers": 3}))
+    (finding,) = parity(good, tmp_path / "short", say=lambda line: None).findings
+    assert "1 of 4 layers are missing" in finding.fix
+
+    def untied_once(w, c):
+        del w["lm_head.weight"]
+        c["tie_word_embeddings"] = True
+
+    report = parity(*damaged(good, tmp_path, untied_once), tokens=8, say=lambda line: None)
+    (fix,) = [s.fix for s in report.findings if s.kind == "tie_word_embeddings"]
+    assert fix.startswith("write it again with the lm_head")
+
+
+def test_rows_of_padding_are_cut_as_advised(good, tmp_path):
+    """Red if the advice is an edit of vocab_size, which convert refuses."""
+
+    def pad(w, c):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            w[name] = torch.cat([w[name], torch.zeros(19, w[name].shape[1])])
+        c["vocab_size"] += 19
+
+    right, padded = damaged(good, tmp_path, pad)
+    (note,) = parity(right, padded, tokens=8, say=lambda line: None).findings
+    command = note.fix.partition("lemur ")[2].split()
+    places = {"MODEL": str(padded), "NEW": str(tmp_path / "cut")}
+    assert cli.main([places.get(word, word) for word in command]) == 0
+    report = parity(right, tmp_path / "cut", tokens=8, say=lambda line: None)
+    assert report.same and "vocab_size" not in {s.kind for s in report.findings}
+
+
+def test_a_checkpoint_of_ours_is_not_to_be_edited(good, tmp_path):
+    """Red if the user is sent to a config.json that is not there."""
+    assert cli.main(["convert", str(good), str(tmp_path / "ours")]) == 0
+    _, other = damaged(good, tmp_path, lambda w, c: c.update(rms_norm_eps=1e-3))
+    (finding,) = parity(other, tmp_path / "ours", tokens=8, say=lambda line: None).findings
+    assert finding.fix == "convert it again from a source that says rms_norm_eps=0.001"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lemur_jax.convert.parity.finding import Finding
+from lemur_jax.convert.parity.weights import narrowest
 
 FLOAT16_MAX = 65504.0
 EXPLAINED = 0.9  # of the sampled elements must agree; the rest is looked at one by one
@@ -146,12 +147,18 @@ def findings(d: Damage, subject: str, layer: int | None, dtypes) -> Iterator[Fin
     elif d.wrong:
         yield Finding(*_kind(d, subject, layer))
     elif d.unequal > d.overflowed:
+        # No figures, so that layers that are rounded alike are one sentence.
+        share = "most" if 2 * (d.unequal - d.overflowed) > d.size else "some"
+        if not _rounded(d.some_unequal):
+            what = f"differs in {share} of its elements, by less than rounding to 16 bits would"
+            fix = "none, if one was trained from the other: the numbers have more than 16 bits"
+            yield Finding("unexplained", subject, layer, what, fix)
+            return
         yield Finding(
             "rounded",
             subject,
             layer,
-            f"is rounded: {(d.unequal - d.overflowed) / d.size:.1%} of its elements differ, by no "
-            f"more than rounding to 16 bits",
+            f"is rounded: {share} of its elements differ, by no more than rounding to 16 bits",
             "nothing, if a dtype was asked for",
             fault=False,
         )
@@ -170,6 +177,12 @@ def _kind(d: Damage, subject: str, layer: int | None) -> tuple:
     row, column, x, y = d.some_wrong[0]
     what = f"differs in {where}; the first, [{row}, {column}], was {float(x):.6g}: {float(y):.6g}"
     return "damaged", subject, layer, what, again
+
+
+def _rounded(examples: list[tuple]) -> bool:
+    """Whether what was found are numbers of 16 bits."""
+    found = np.array([y for _, _, _, y in examples])
+    return narrowest(found, found.dtype).itemsize == 2
 
 
 def _where(d: Damage) -> str:
