@@ -1,4 +1,4 @@
-"""A model with no twin: facts about its weights, and what a text says about the rest.
+"""A model with no twin: what a text says about it (facts: test_parity_facts.py).
 
 The text of these tests is sampled from the healthy model by transformers, so the healthy weights
 are the ones that it is likeliest under, and every mistake makes it unlikelier.
@@ -17,7 +17,6 @@ safe = pytest.importorskip("safetensors.torch", reason="files are written by saf
 from lemur_jax import cli  # noqa: E402
 from lemur_jax.convert.model import open_source  # noqa: E402
 from lemur_jax.convert.parity import alone, likelihood  # noqa: E402
-from lemur_jax.convert.parity import facts as facts_module  # noqa: E402
 from lemur_jax.convert.parity.candidates import AS_IT_IS, candidates  # noqa: E402
 from lemur_jax.convert.parity.likelihood import losses  # noqa: E402
 from lemur_jax.convert.parity.weights import of_source  # noqa: E402
@@ -232,129 +231,6 @@ def test_every_candidate_computes_something_else(teacher):
     nats = losses(weights, tokens[:64], [AS_IT_IS, *tried])
     for candidate, row in zip(tried, nats[1:]):
         assert np.abs(row - nats[0]).max() > 1e-6, candidate
-
-
-# ---------------------------------------------------------------------------------------------
-# Facts
-# ---------------------------------------------------------------------------------------------
-
-
-def found_facts(weights):
-    return [(f.kind, f.subject, f.layer) for f in alone.facts(weights)]
-
-
-def test_facts_of_healthy_weights(teacher):
-    """Red if norms of ones, or large but usual weights, are suspected."""
-    assert found_facts(of(teacher[0])) == []
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_a_flipped_exponent_bit_needs_no_twin(teacher, tmp_path, dtype):
-    """Red if the largest element is compared with the mean of rows that it is part of."""
-
-    def flip(w, c):
-        w |= {name: tensor.to(getattr(torch, dtype)) for name, tensor in w.items()}
-        kind, bit = (torch.int32, 30) if dtype == "float32" else (torch.int16, 14)
-        weight = w[every("mlp.up_proj")[1]]
-        weight[3, 5] = 0.1
-        weight.view(kind)[3, 5] ^= 1 << bit
-
-    weights = damaged(teacher[0], tmp_path / "bad", flip)
-    assert found_facts(weights) == [("bit_flip", "layers/w_up", 1)]
-    (finding,) = alone.facts(weights)
-    assert "[3, 5]" in finding.what
-
-
-def test_copied_layers_zeros_and_nan(teacher, tmp_path):
-    """Red if only norms are compared, or a row of zeros is overlooked."""
-
-    def copy(w, c):
-        for name in [name for name in w if ".layers.1." in name]:
-            w[name] = w[name.replace(".1.", ".0.")]
-
-    assert found_facts(damaged(teacher[0], tmp_path / "copy", copy)) == [
-        ("layer_copied", "layer", 1)
-    ]
-
-    def holes(w, c):
-        w[every("self_attn.o_proj")[0]][60:] = 0
-        w[every("mlp.down_proj")[1]][0, 0] = float("inf")
-
-    assert found_facts(damaged(teacher[0], tmp_path / "holes", holes)) == [
-        ("zeros", "layers/wo", 0),
-        ("not_finite", "layers/w_down", 1),
-    ]
-
-
-def emptied(name, rows=slice(None), value=0):
-    def fault(w, c):
-        w[name][rows] = value
-
-    return fault
-
-
-HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
-EMPTY = {
-    "table": (emptied(TABLE), [("constant", "table", None)]),
-    "head": (emptied(HEAD), [("constant", "head", None)]),
-    "half of the head": (emptied(HEAD, slice(50, None)), [("zeros", "head", None)]),
-    "first half of the table": (emptied(TABLE, slice(0, 50)), [("zeros", "table", None)]),
-    "columns of the table": (emptied(TABLE, np.s_[:, 32:]), [("zeros", "table", None)]),
-    "final norm": (emptied("model.norm.weight"), [("constant", "norm", None)]),
-    "a norm": (emptied(every("input_layernorm")[1]), [("constant", "layers/attention_norm", 1)]),
-    "half a norm": (
-        emptied(every("input_layernorm")[1], slice(32, None)),
-        [("zeros", "layers/attention_norm", 1)],
-    ),
-    "a matrix": (emptied(every("self_attn.o_proj")[0]), [("constant", "layers/wo", 0)]),
-    "columns": (
-        emptied(every("mlp.down_proj")[0], np.s_[:, 32:]),
-        [("zeros", "layers/w_down", 0)],
-    ),
-    "one number": (emptied(every("mlp.up_proj")[0], value=0.5), [("constant", "layers/w_up", 0)]),
-    "one number in the head": (emptied(HEAD, value=0.5), [("constant", "head", None)]),
-    "NaN in the head": (emptied(HEAD, 7, math.nan), [("not_finite", "head", None)]),
-    "ones in a norm": (emptied(every("input_layernorm")[1], value=1), []),
-}
-
-
-@pytest.mark.parametrize("case", EMPTY)
-def test_zeros_and_constants_need_no_twin(teacher, tmp_path, case):
-    """Red if `facts` looks at the layers' matrices only."""
-    fault, expected = EMPTY[case]
-    assert found_facts(damaged(teacher[0], tmp_path / "bad", fault)) == expected
-    if expected:
-        assert cli.main(["convert", "parity", str(tmp_path / "bad"), "--tokens=8"]) == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "first", "tokens", "expected"),
-    [
-        (112, 101, None, []),  # padded to a multiple of 16
-        (112, 101, 101, []),
-        (128, 120, 101, []),
-        (101, 96, None, [False]),  # five added tokens: 101 is a multiple of nothing
-        (112, 101, 110, [False]),  # the tokenizer knows nine of the rows
-        (128, 64, None, [True]),  # half a table
-        (112, 96, None, [True]),  # 16 rows are no padding to a multiple of 16
-        (32000, 31900, 32000, [True]),
-        (32000, 31900, None, []),
-        (32000, 31900, 31900, []),
-    ],
-)
-def test_padding_is_no_fault(count, first, tokens, expected):
-    """Red if `_empty_rows` ignores the tokenizer, or takes half a table for padding."""
-    empty = np.arange(count) >= first
-    found = list(facts_module._empty_rows("head", empty, tokens))
-    assert [f.fault for f in found] == expected
-
-
-def test_a_padding_token_is_a_note():
-    """Red if one row of zeros, such as torch gives a padding token, is a fault."""
-    empty = np.zeros(400, bool)
-    empty[[0, 7]] = True
-    (note,) = facts_module._empty_rows("table", empty, 400)
-    assert not note.fault and "2 of its 400 rows (between 0 and 7)" in note.what
 
 
 # ---------------------------------------------------------------------------------------------
