@@ -28,9 +28,18 @@ def found_facts(path):
     return [(f.kind, f.subject, f.layer) for f in facts_of(path)]
 
 
-def test_facts_of_healthy_weights(good):
-    """Red if norms of ones, or large but usual weights, are suspected."""
+def test_facts_of_healthy_weights(good, tmp_path):
+    """Red if large but usual weights, or biases of zeros, are suspected, or the head of a tied
+    model is looked for."""
     assert found_facts(good) == []
+    make(tmp_path / "biases", **(SHAPE | {"attention_bias": True, "tie_word_embeddings": True}))
+
+    def no_bias(w, c):
+        for name in w:
+            if name.endswith("bias"):
+                w[name].zero_()
+
+    assert found_facts(damaged(tmp_path / "biases", tmp_path, no_bias)[1]) == []
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -61,7 +61,8 @@ def spelling(source: Source) -> Spelling:
     if source.format == "lemur":
         return Spelling("")
     path = Path(source.path)
-    config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+    directory = path if path.is_dir() else path.parent
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     rope = config.get("rope_parameters")
     if not rope:
         return Spelling()
