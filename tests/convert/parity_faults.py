@@ -323,7 +323,7 @@ WORDS = {
     zero_projection: "o_proj of every layer holds only zeros",
     zero_norms: "norm holds only zeros",
     one_number: "q_proj of layer 1 is 0.02 in every element",
-    norm_reset: "is 1 in every element: it was set back to its start",
+    norm_reset: "is 1 in every element: set back to its start",
     float16_read_as_bfloat16: "holds the bits of float16, read as bfloat16",
     bfloat16_read_as_float16: "holds the bits of bfloat16, read as float16",
     fused_rows_alternate: "has rows of gate_proj and up_proj in turn",

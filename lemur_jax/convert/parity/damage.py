@@ -42,7 +42,7 @@ def same_everywhere(leaf: str, layer: int | None, value: float) -> Finding:
     if value == 0:
         what = "holds only zeros"
     elif value == 1 and "norm" in leaf:
-        what = "is 1 in every element: it was set back to its start, or never loaded"
+        what = "is 1 in every element: set back to its start, never loaded, or folded elsewhere"
     else:
         what = f"is {value:.6g} in every element"
     return Finding("constant", leaf, layer, what, "write it again from its source")
