@@ -29,8 +29,7 @@ def found_facts(path):
 
 
 def test_facts_of_healthy_weights(good, tmp_path):
-    """Red if large but usual weights, or biases of zeros, are suspected, or the head of a tied
-    model is looked for."""
+    """Red if large but usual weights, or biases of zeros, are suspected."""
     assert found_facts(good) == []
     make(tmp_path / "biases", **(SHAPE | {"attention_bias": True, "tie_word_embeddings": True}))
 
@@ -40,6 +39,13 @@ def test_facts_of_healthy_weights(good, tmp_path):
                 w[name].zero_()
 
     assert found_facts(damaged(tmp_path / "biases", tmp_path, no_bias)[1]) == []
+
+
+def test_a_tied_model_has_one_table(tmp_path):
+    """Red if the head of a tied model is looked at too: the same fault twice."""
+    make(tmp_path / "tied", **(SHAPE | {"tie_word_embeddings": True}))
+    _, bad = damaged(tmp_path / "tied", tmp_path, emptied(EMBED))
+    assert found_facts(bad) == [("constant", "table", None)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
