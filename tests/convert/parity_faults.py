@@ -1,4 +1,4 @@
-"""A healthy Hugging Face model and thirty ways to spoil its files, spelt out with torch as the
+"""A healthy Hugging Face model and over forty ways to spoil its files, spelt out with torch as the
 converters that made such files did it."""
 
 import json
@@ -186,6 +186,65 @@ def q_and_theta_and_row(w, c):
     embedding_off_by_one(w, c)
 
 
+def zero_projection(w, c):
+    for name in every("self_attn.o_proj"):
+        w[name] = torch.zeros_like(w[name])
+
+
+def zero_norms(w, c):
+    w[of_layer(2, "input_layernorm")].zero_()
+    w["model.norm.weight"].zero_()
+
+
+def zero_table_and_head(w, c):
+    w[EMBED].zero_()
+    w["lm_head.weight"].zero_()
+
+
+def one_number(w, c):
+    w[of_layer(1, "self_attn.q_proj")].fill_(0.02)
+
+
+def norm_reset(w, c):
+    w[of_layer(0, "post_attention_layernorm")].fill_(1)
+
+
+def bytes_reversed(w, c):
+    name = of_layer(1, "self_attn.v_proj")
+    w[name] = torch.from_numpy(w[name].numpy().byteswap())
+
+
+def float16_read_as_bfloat16(w, c):
+    name = of_layer(2, "mlp.up_proj")
+    w[name] = w[name].half().view(torch.bfloat16).float()
+
+
+def bfloat16_read_as_float16(w, c):
+    name = of_layer(2, "mlp.up_proj")
+    w[name] = w[name].bfloat16().view(torch.half).float()
+
+
+def fused_rows_alternate(w, c):
+    for gate, up in zip(every("mlp.gate_proj"), every("mlp.up_proj")):
+        w[gate], w[up] = torch.stack([w[gate], w[up]], 1).flatten(0, 1).chunk(2)
+
+
+def fused_rows_taken_in_turn(w, c):
+    for gate, up in zip(every("mlp.gate_proj"), every("mlp.up_proj")):
+        fused = torch.cat([w[gate], w[up]])
+        w[gate], w[up] = fused[0::2], fused[1::2]
+
+
+def never_loaded(w, c):
+    for name in ("self_attn.v_proj", "mlp.gate_proj"):
+        w[of_layer(3, name)] = 0.2 * torch.randn_like(w[of_layer(3, name)])
+
+
+def memory_never_written(w, c):
+    bits = torch.randint(-(2**31), 2**31 - 1, w[of_layer(3, "mlp.gate_proj")].shape)
+    w[of_layer(3, "mlp.gate_proj")] = bits.int().view(torch.float32)
+
+
 GATE_UP = "layers/w_gate+layers/w_up"
 FAULTS = {
     q_not_permuted: [("interleaved", "layers/wq", ALL)],
@@ -223,6 +282,18 @@ FAULTS = {
         ("swapped", GATE_UP, ALL),
         ("bit_flip", "layers/w_up", (1,)),
     ],
+    zero_projection: [("constant", "layers/wo", ALL)],
+    zero_norms: [("constant", "layers/attention_norm", (2,)), ("constant", "norm", ())],
+    zero_table_and_head: [("constant", "table", ()), ("constant", "head", ())],
+    one_number: [("constant", "layers/wq", (1,))],
+    norm_reset: [("constant", "layers/mlp_norm", (0,))],
+    bytes_reversed: [("byte_order", "layers/wv", (1,))],
+    float16_read_as_bfloat16: [("misread", "layers/w_up", (2,))],
+    bfloat16_read_as_float16: [("misread", "layers/w_up", (2,))],
+    fused_rows_alternate: [("fused_rows", f"layers/w_{w}", ALL) for w in ("gate", "up")],
+    fused_rows_taken_in_turn: [("fused_rows", f"layers/w_{w}", ALL) for w in ("gate", "up")],
+    never_loaded: [("unexplained", leaf, (3,)) for leaf in ("layers/wv", "layers/w_gate")],
+    memory_never_written: [("unexplained", "layers/w_gate", (3,))],
     q_and_theta_and_row: [
         ("interleaved", "layers/wq", ALL),
         ("rope_theta", "rope_theta", ()),
@@ -249,6 +320,14 @@ WORDS = {
     half_written: "zeros in 4096 of 8192 elements, rows 32 to 63",
     shards_in_wrong_order: "its 4 blocks of 16 rows in the order 3, 2, 1, 0",
     scale_folded_in: "1/sqrt(head_dim) = 0.25 times",
+    zero_projection: "o_proj of every layer holds only zeros",
+    zero_norms: "norm holds only zeros",
+    one_number: "q_proj of layer 1 is 0.02 in every element",
+    norm_reset: "is 1 in every element: set back to its start",
+    float16_read_as_bfloat16: "holds the bits of float16, read as bfloat16",
+    bfloat16_read_as_float16: "holds the bits of bfloat16, read as float16",
+    fused_rows_alternate: "has rows of gate_proj and up_proj in turn",
+    fused_rows_taken_in_turn: "has every second row of gate_proj and then of up_proj",
 }
 
 
@@ -269,3 +348,11 @@ def save(directory, good, weights, config):
     copies = {name: tensor.contiguous().clone() for name, tensor in weights.items()}
     safe.save_file(copies, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
+
+
+# What the last words of an unexplained difference say of it.
+CLOSING = {
+    never_loaded: "unrelated numbers: another model's, random",
+    memory_never_written: "unrelated numbers, and no weights",
+    noise: "a trained model differs from its start like this",
+}

@@ -6,6 +6,7 @@ import pytest
 from hf_models import TINY, edit_json, make, torch
 from parity_faults import (
     ALL,
+    CLOSING,
     FAULTS,
     HEAD_DIM,
     HEADS,
@@ -24,7 +25,7 @@ from parity_faults import (
 
 from lemur_jax import cli
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.parity import parity
+from lemur_jax.convert.parity import ours, parity
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,14 @@ def test_a_fault_is_named(good, tmp_path, fault):
     if fault in WORDS:
         assert any(WORDS[fault] in s.text for s in report.findings), report.findings
     assert all(s.fix for s in report.findings if s.fault)
+
+
+@pytest.mark.parametrize("fault", CLOSING, ids=lambda fault: fault.__name__)
+def test_the_closing_words_fit_the_size(good, tmp_path, fault):
+    """Red if _UNRELATED is 0 or _ABSURD is 1e60: random numbers were "trained"."""
+    right, bad = damaged(good, tmp_path, fault)
+    report = parity(right, bad, tokens=8, say=lambda line: None)
+    assert all(CLOSING[fault] in s.fix for s in report.findings), report.findings
 
 
 def test_the_first_operation_that_differs(good, tmp_path):
@@ -83,17 +92,47 @@ def test_a_healthy_pair_has_no_fault(good, tmp_path, capsys):
         assert f"note: dtype of the weights is {to}" in out and "FAULT" not in out
 
 
-def test_rounding_through_another_dtype_is_a_note(good, tmp_path):
-    """Red if values that only lost bits are called damaged: float32 that has been bfloat16."""
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_rounding_through_another_dtype_is_a_note(good, tmp_path, capsys, name):
+    """Red if values that only lost bits are called damaged, or `_round` asks for the stored dtype
+    only: the same numbers stored in 16 bits pass, so they do in 32."""
+
+    def through(w, c):
+        w |= {key: tensor.to(getattr(torch, name)).float() for key, tensor in w.items()}
+
+    right, rounded = damaged(good, tmp_path, through)
+    assert cli.main(["convert", "parity", str(right), str(rounded), "--tokens=8"]) == 0
+    out = capsys.readouterr().out
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 12 and all("is rounded" in note for note in notes)
+    assert "verdict: the same but for rounding of weights to 16 bits" in out
+
+
+def test_less_than_rounding_is_not_rounding(good, tmp_path):
+    """Red if small differences are a note though the numbers have more than 16 bits."""
+
+    def noisy(w, c):
+        for name in every("mlp.down_proj"):
+            w[name] = w[name] * (1 + 1e-3 * torch.randn_like(w[name]).clamp(-3, 3))
+
+    report = parity(*damaged(good, tmp_path, noisy), tokens=8, say=lambda line: None)
+    assert faults(report) == [("unexplained", "layers/w_down", ALL)]
+    assert not report.same
+
+
+def test_notes_do_not_excuse_our_code(good, tmp_path, monkeypatch):
+    """Red if a note of rounding makes every divergence rounding."""
 
     def through_bfloat16(w, c):
         w |= {name: tensor.bfloat16().float() for name, tensor in w.items()}
 
     right, rounded = damaged(good, tmp_path, through_bfloat16)
-    report = parity(right, rounded, tokens=8, say=lambda line: None)
-    assert faults(report) == []
-    assert {s.kind for s in report.findings} == {"rounded"}
-    assert not report.same  # 16 bits were lost, and the files do not say so
+    attention = ours.self_attention
+    monkeypatch.setattr(ours, "self_attention", lambda q, *rest: attention(2 * q, *rest))
+    lines = []
+    report = parity(right, rounded, tokens=8, say=lines.append)
+    assert not faults(report) and not report.same
+    assert lines[-1].endswith("'scores' of layer 0, by more than the notes explain")
 
 
 def test_the_command_says_it(good, tmp_path, capsys):
@@ -266,3 +305,16 @@ def test_too_few_tokens(good):
     """Red if 4 tokens are taken though positions cannot be spread over them."""
     with pytest.raises(ConversionError, match="tokens=4 is too few: give at least 8"):
         parity(good, tokens=4)
+
+
+def test_flags_without_effect_are_refused(good, capsys):
+    """Red if --text is ignored where there is a twin, or --max_positions where no model is
+    Meta's."""
+    for flag, words in (
+        ("--text=/nope", "--text=/nope judges one model without a twin"),
+        ("--max_positions=1", "--max_positions=1 is for Meta's weights"),
+    ):
+        argv = ["convert", "parity", str(good), str(good), "--tokens=8", flag]
+        assert cli.main(argv) == cli.EXIT_BAD_INPUT
+        captured = capsys.readouterr()
+        assert words in captured.err and "plan" not in captured.out

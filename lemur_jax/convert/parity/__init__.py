@@ -14,6 +14,7 @@ not, what is the matter.
     damage.py      flipped bits, overflow, zeros
     configs.py     what two configs say differently
     operations.py  which mistake of the code makes an operation diverge
+    facts.py       NaN, zeros, constants, copies: what is wrong whatever the weights mean
     alone.py       one model without a twin: what the weights and a text show
     candidates.py  the mistakes that a text is tried against
     likelihood.py  how likely a text is under each of them, in one pass over the weights

@@ -1,6 +1,6 @@
 """One model with no twin to compare it with: what can be said, and how sure it is.
 
-Facts: NaN, infinities, zeros, layers that are equal bit for bit. Evidence: how likely a text is
+Facts: see facts.py. Evidence: how likely a text is
 under each candidate mistake, with the difference to the model as it is token by token. A candidate
 is named only if the text becomes likelier by a margin and by several standard errors, no other
 mistake explains it as well, and the result is a model that has learnt something; everything short
@@ -10,25 +10,30 @@ of that is said to be undecided.
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lemur_jax.config import ConfigError
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.parity.candidates import AS_IT_IS, Candidate, candidates, name
-from lemur_jax.convert.parity.diagnose import equal, matrix
+from lemur_jax.convert.parity.facts import facts
 from lemur_jax.convert.parity.finding import Finding
 from lemur_jax.convert.parity.likelihood import losses
 from lemur_jax.convert.parity.weights import Weights
+from lemur_jax.convert.small_files import TOKENIZER_DIR
+
+if TYPE_CHECKING:
+    from lemur_jax.data.tokenizer import Tokenizer
 
 # Nats per token by which a text must become likelier, and in how many standard errors: with some
 # forty candidates tried, one in 7000 healthy models would pass 4.5 if errors were normal.
 _MARGIN = 0.02
 _SURE = 4.5
-_OUTLIER = 1e3  # times the usual largest of a row: a flipped top exponent bit makes 2^16 and more
+_HOPELESS = ("not_finite", "bit_flip", "constant")
 _RIVAL = 3.0  # standard errors: a mistake that is no worse than this explains it as well
 _LEARNT = 0.5  # nats per token below the uniform distribution, or the model knows nothing
 _ROUNDS = 3
@@ -88,12 +93,21 @@ class Verdict:
 
 def judge(weights: Weights, text: str | Path | None, say: Callable[[str], None]) -> list[Finding]:
     """Facts and evidence about one model; `say` takes the lines about how sure it is."""
-    found = list(facts(weights))
-    if any(f.kind in ("not_finite", "bit_flip") for f in found):
+    if text is not None and not Path(text).is_file():
+        raise ConversionError([f"--text={text} is not a file: give a text file in UTF-8"])
+    tokenizer, missing = None, ""
+    try:
+        tokenizer = _tokenizer(weights)
+    except ConfigError as error:
+        missing = str(error)
+    found = list(facts(weights, tokenizer and tokenizer.vocab_size))
+    if any(f.kind in _HOPELESS for f in found):
         say("alone: with such weights no text says anything: put them right first")
         return found
     try:
-        tokens = _tokens(weights, text)
+        if tokenizer is None:
+            raise ConfigError([missing])
+        tokens = _tokens(weights, tokenizer, text)
     except ConfigError as error:
         say(f"alone: no text can be judged, so nothing is said about what only it shows: {error}")
         return found
@@ -106,65 +120,34 @@ def judge(weights: Weights, text: str | Path | None, say: Callable[[str], None])
     return [*found, *verdict.findings]
 
 
-def facts(weights: Weights) -> Iterator[Finding]:
-    """What is wrong with weights whatever they mean."""
-    sketches: list[list[np.ndarray]] = []
-    matrices = [leaf for leaf in weights.layer_leaves if len(weights.shape(leaf)) == 2]
-    for layer in range(weights.config.layers):
-        sketch = []
-        for leaf in weights.layer_leaves:
-            array = matrix(weights.tensor(leaf, layer))
-            yield from _values(leaf, layer, array)
-            if leaf in matrices:
-                sketch.append(array[:: max(1, len(array) // 16), 0].astype(np.float32))
-        for other, before in enumerate(sketches):
-            if all(np.array_equal(x, y) for x, y in zip(before, sketch)) and all(
-                equal(weights.tensor(leaf, other), weights.tensor(leaf, layer)) for leaf in matrices
-            ):
-                what = f"is a copy of layer {other}: every matrix is the same, bit for bit"
-                yield Finding("layer_copied", "layer", layer, what, "write it from its source")
-        sketches.append(sketch)
-
-
-def _values(leaf: str, layer: int, array: np.ndarray) -> Iterator[Finding]:
-    wide = array.astype(np.float32)
-    bad = int(array.size - np.isfinite(wide).sum())
-    again = "write it again from its source"
-    if bad:
-        yield Finding("not_finite", leaf, layer, f"holds {bad} NaN or infinite elements", again)
-        return
-    if array.shape[1] == 1:
-        return  # norms and biases may be anything
-    empty = ~wide.any(axis=1)
-    if empty.any():
-        what = f"holds only zeros in {int(empty.sum())} of its {len(empty)} rows"
-        yield Finding("zeros", leaf, layer, what, again)
-    largest = float(np.abs(wide).max())
-    usual = float(np.median(np.abs(wide).max(axis=1)))
-    if largest > _OUTLIER * max(usual, 1e-30):
-        row, column = np.unravel_index(int(np.abs(wide).argmax()), wide.shape)
-        what = (
-            f"has {float(wide[row, column]):.3g} in [{row}, {column}], where the largest of "
-            f"a row is usually {usual:.2g}: a flipped bit"
-        )
-        yield Finding("bit_flip", leaf, layer, what, "copy the file again")
-
-
-def _tokens(weights: Weights, text: str | Path | None) -> np.ndarray:
-    """Ids of the text by the model's own tokenizer."""
-    if text is not None and not Path(text).is_file():
-        raise ConversionError([f"--text={text} is not a file: give a text file in UTF-8"])
-    content = PASSAGE if text is None else Path(text).read_text(encoding="utf-8")
+def _tokenizer(weights: Weights) -> "Tokenizer":
+    """The model's own tokenizer. Raises ConfigError, naming the model: it has none that works."""
     # Imported late: the tokenizers' libraries are needed here only.
-    from lemur_jax.data.tokenizer import Tokenizer
+    from lemur_jax.data.tokenizer import JSON, MODEL, Tokenizer
 
+    path = weights.source.path
+    files = {}
+    for file, content in weights.source.files().items():
+        folder, _, rest = file.partition("/")
+        if folder == TOKENIZER_DIR:
+            files[rest] = content
+    if not {JSON, MODEL} & files.keys():
+        raise ConfigError(
+            [f"{path} holds neither {MODEL} nor {JSON}: put the model's tokenizer beside it"]
+        )
     with tempfile.TemporaryDirectory() as directory:
-        for path, content_bytes in weights.source.files().items():
-            folder, _, rest = path.partition("/")
-            if folder == "tokenizer":
-                (Path(directory) / rest).write_bytes(content_bytes)
-        tokenizer = Tokenizer.load(directory)
-        ids = tokenizer.encode(content, bos=tokenizer.bos_id is not None)
+        for file, content in files.items():
+            (Path(directory) / file).write_bytes(content)
+        try:
+            return Tokenizer.load(directory)
+        except ConfigError as error:  # in the user's words: no temporary directory
+            raise ConfigError([p.replace(directory, path) for p in error.problems]) from error
+
+
+def _tokens(weights: Weights, tokenizer: "Tokenizer", text: str | Path | None) -> np.ndarray:
+    """Ids of the text by the model's own tokenizer."""
+    content = PASSAGE if text is None else Path(text).read_text(encoding="utf-8")
+    ids = tokenizer.encode(content, bos=tokenizer.bos_id is not None)
     ids = np.array(ids[: _length(weights)], np.int64)
     if len(ids) < 32 or ids.max() >= weights.config.vocab_size:
         raise ConfigError(

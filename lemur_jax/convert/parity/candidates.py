@@ -140,13 +140,13 @@ def _settings(config) -> Iterator[Candidate]:
                 "rope_theta",
                 "rope_theta",
                 f"is {config.rope.theta:g}, it should be {theta:g}",
-                f"set rope_theta to {theta:g} in config.json",
+                f"set rope_theta to {theta:g} in config.json (inside rope_parameters, if there)",
                 config=(("rope", dataclasses.replace(config.rope, theta=theta)),),
             )
     if config.rope.kind != "default":
         plain = dataclasses.replace(config.rope, kind="default", factor=1.0)
         what = f"is {config.rope.kind!r}, it should be none"
-        fix = "set rope_scaling to null in config.json"
+        fix = "set rope_scaling to null in config.json (rope_type of rope_parameters: default)"
         yield Candidate("rope_scaling", "rope_scaling", what, fix, config=(("rope", plain),))
     root = math.sqrt(config.head_dim)
     for scale, name in ((root, "1/sqrt(head_dim)"), (1 / root, "sqrt(head_dim)")):

@@ -2,9 +2,9 @@
 
 Each operation of ours gets the reference's inputs, so one fault shows in one operation and a second
 fault elsewhere is not hidden behind it. The budget is reasoned, not tuned: the reference in float32
-(and with A's weights rounded to B's dtype, if that is narrower) misses the reference in float64 by
-some amount; ours may miss it by SLACK times as much. That holds for an operation, a whole layer and
-the final logits, each with its own float32 run.
+(and with A's weights rounded to the precision of B's numbers, if that is less) misses the reference
+in float64 by some amount; ours may miss it by SLACK times as much. That holds for an operation, a
+whole layer and the final logits, each with its own float32 run.
 
 A layer's KL is that of the logits which A's norm and head would make of the two outputs. The final
 logits are those of two separate runs: A through the reference, B through our code.
@@ -197,9 +197,12 @@ class _Run:
             self.ours = Ours(b.config, positions_BT)
         self.theirs: TransformersLayer | None = None
 
-    def _round(self, weight, leaf):
-        """A's weight as B could store it: another dtype is no fault."""
-        return None if weight is None else _as_stored(weight, self.b.dtype(leaf))
+    def _round(self, weight, leaf, layer=None):
+        """A's weight as B could store it: another dtype is no fault, nor is one in between."""
+        if weight is None:
+            return None
+        b = self.b
+        return _as_stored(weight, b.dtype(leaf) if b is self.a else b.precision(leaf, layer))
 
     def embed(self, tokens_BT) -> LayerResult:
         """The hidden states in front of the first layer, of both."""
@@ -236,7 +239,7 @@ class _Run:
             for leaf in self.truth.leaves(name)
         ]
         values[name] = self.truth.compute(name, inputs, *weights)
-        weights = [self._round(w, leaf) for w, leaf in zip(weights, self.truth.leaves(name))]
+        weights = [self._round(w, leaf, layer) for w, leaf in zip(weights, self.truth.leaves(name))]
         stacked = [np.concatenate([values[i].astype(np.float32)[None], runs[i]]) for i in wanted]
         flat = [array.reshape(-1, *array.shape[2:]) for array in stacked]
         near = self.rounded.compute(name, flat, *weights)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lemur_jax.convert.parity.finding import Finding
+from lemur_jax.convert.parity.weights import narrowest
 
 FLOAT16_MAX = 65504.0
 EXPLAINED = 0.9  # of the sampled elements must agree; the rest is looked at one by one
@@ -29,6 +30,22 @@ def close(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def agree(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """`same_bits` where the dtypes are the same, `close` where they are not."""
     return same_bits(x, y) if x.dtype == y.dtype else close(x, y)
+
+
+def constant(array: np.ndarray) -> bool:
+    """Whether every element is the same number."""
+    return all((row == array[0, 0]).all() for row in array)
+
+
+def same_everywhere(leaf: str, layer: int | None, value: float) -> Finding:
+    """A tensor that is one number."""
+    if value == 0:
+        what = "holds only zeros"
+    elif value == 1 and "norm" in leaf:
+        what = "is 1 in every element: set back to its start, never loaded, or folded elsewhere"
+    else:
+        what = f"is {value:.6g} in every element"
+    return Finding("constant", leaf, layer, what, "write it again from its source")
 
 
 @dataclass
@@ -130,12 +147,18 @@ def findings(d: Damage, subject: str, layer: int | None, dtypes) -> Iterator[Fin
     elif d.wrong:
         yield Finding(*_kind(d, subject, layer))
     elif d.unequal > d.overflowed:
+        # No figures, so that layers that are rounded alike are one sentence.
+        share = "most" if 2 * (d.unequal - d.overflowed) > d.size else "some"
+        if not _rounded(d.some_unequal):
+            what = f"differs in {share} of its elements, by less than rounding to 16 bits would"
+            fix = "none, if one was trained from the other: the numbers have more than 16 bits"
+            yield Finding("unexplained", subject, layer, what, fix)
+            return
         yield Finding(
             "rounded",
             subject,
             layer,
-            f"is rounded: {(d.unequal - d.overflowed) / d.size:.1%} of its elements differ, by no "
-            f"more than rounding to 16 bits",
+            f"is rounded: {share} of its elements differ, by no more than rounding to 16 bits",
             "nothing, if a dtype was asked for",
             fault=False,
         )
@@ -154,6 +177,12 @@ def _kind(d: Damage, subject: str, layer: int | None) -> tuple:
     row, column, x, y = d.some_wrong[0]
     what = f"differs in {where}; the first, [{row}, {column}], was {float(x):.6g}: {float(y):.6g}"
     return "damaged", subject, layer, what, again
+
+
+def _rounded(examples: list[tuple]) -> bool:
+    """Whether what was found are numbers of 16 bits."""
+    found = np.array([y for _, _, _, y in examples])
+    return narrowest(found, found.dtype).itemsize == 2
 
 
 def _where(d: Damage) -> str:

@@ -10,18 +10,21 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.parity import damage
 from lemur_jax.convert.parity.damage import EXPLAINED
 from lemur_jax.convert.parity.finding import Finding, short_name
-from lemur_jax.convert.parity.orders import describe, head_orders
+from lemur_jax.convert.parity.orders import describe, fused_orders, head_orders
 from lemur_jax.convert.parity.places import Sketches
 from lemur_jax.convert.parity.weights import Weights
 
 STEP_ELEMENTS = 2**23  # of a tensor compared at a time
 _SAMPLED_ROWS = 96
+_ABSURD = 1e3  # difference / size: no training comes that far
+_UNRELATED = 0.3  # correlation
 _DAMAGE = ("bit_flip", "zeros", "not_finite", "damaged")
 
 Rows = Callable[[np.ndarray], np.ndarray]
@@ -35,6 +38,7 @@ class Hypothesis:
     what: str
     fix: str
     rows: Rows
+    exact: bool = False  # the numbers may be so small that all are close to each other
 
 
 def diagnose_layer(a: Weights, b: Weights, layer: int, sketches: Sketches) -> Iterator[Finding]:
@@ -66,10 +70,13 @@ def diagnose_tensor(leaf, layer, right, found, config, others=lambda: ()) -> Ite
     """
     if equal(right, found):
         return
+    if damage.constant(found) and not damage.close(right, found).all():
+        yield damage.same_everywhere(leaf, layer, float(found[0, 0]))
+        return
     indices = sample_rows(len(right))
     sample = found[indices]
     for same in (damage.agree, damage.close):
-        best = _best(leaf, right, config, others, indices, sample, same)
+        best = _best(leaf, right, found.dtype, config, others, indices, sample, same)
         if best is not None:
             hypothesis, _ = best
             if hypothesis.kind != "none":
@@ -86,10 +93,14 @@ def diagnose_tensor(leaf, layer, right, found, config, others=lambda: ()) -> Ite
     yield from by_values(leaf, layer, right, found, config)
 
 
-def _best(leaf, right, config, others, indices, sample, same) -> tuple[Hypothesis, float] | None:
+def _best(
+    leaf, right, dtype, config, others, indices, sample, same
+) -> tuple[Hypothesis, float] | None:
     """The hypothesis that agrees best with the sample, if any explains it."""
     best: tuple[Hypothesis, float] | None = None
-    for hypothesis in _hypotheses(leaf, right, config, others):
+    for hypothesis in _hypotheses(leaf, right, dtype, config, others):
+        if hypothesis.exact and same is damage.close:
+            continue
         score = float(same(hypothesis.rows(indices), sample).mean())
         needed = 0.05 if hypothesis.kind == "none" else EXPLAINED
         if score >= needed and (best is None or score > best[1]):
@@ -99,7 +110,7 @@ def _best(leaf, right, config, others, indices, sample, same) -> tuple[Hypothesi
     return best
 
 
-def _hypotheses(leaf, right, config: ModelConfig, others) -> Iterator[Hypothesis]:
+def _hypotheses(leaf, right, dtype, config: ModelConfig, others) -> Iterator[Hypothesis]:
     rows, columns = right.shape
     yield Hypothesis("none", "", "", lambda i: right[i])
     if leaf.rpartition("/")[2] in ("wq", "wk", "wv", "bq", "bk", "bv"):
@@ -122,6 +133,17 @@ def _hypotheses(leaf, right, config: ModelConfig, others) -> Iterator[Hypothesis
             f"exchange {short_name(leaf)} and {short_name(other)}",
             lambda i, array=array: array[i],
         )
+        if {leaf, other} == {"layers/w_gate", "layers/w_up"}:
+            gate, up = (right, array) if leaf == "layers/w_gate" else (array, right)
+            for mistake in fused_orders(leaf, rows):
+                yield Hypothesis(
+                    mistake.kind,
+                    mistake.what,
+                    mistake.fix,
+                    lambda i, gate=gate, up=up, order=mistake.order: np.where(
+                        (order[i] < rows)[:, None], gate[order[i] % rows], up[order[i] % rows]
+                    ),
+                )
     if columns > 1 and rows > 1:
         yield Hypothesis(
             "transposed",
@@ -130,6 +152,32 @@ def _hypotheses(leaf, right, config: ModelConfig, others) -> Iterator[Hypothesis
             "transpose it",
             # B's numbers, read in order, are those of A's transpose.
             lambda i: _transposed(right, i),
+        )
+    yield from misread(right, dtype)
+
+
+def misread(right: np.ndarray, dtype: np.dtype) -> Iterator[Hypothesis]:
+    """The right bits, taken for something else; B stores the result as `dtype`."""
+
+    def swapped(i: np.ndarray) -> np.ndarray:
+        bits = right[i].astype(dtype).view(f"u{dtype.itemsize}")
+        return bits.byteswap().view(dtype)
+
+    yield Hypothesis(
+        "byte_order",
+        "has the bytes of every number in reverse order",
+        "read it as little-endian, as safetensors and every file here is",
+        swapped,
+        exact=True,
+    )
+    half, brain = np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
+    for stored, read in ((half, brain), (brain, half)):
+        yield Hypothesis(
+            "misread",
+            f"holds the bits of {stored.name}, read as {read.name}",
+            f"read it as {stored.name} and write it again",
+            lambda i, stored=stored, read=read: right[i].astype(stored).view(read).astype(dtype),
+            exact=True,
         )
 
 
@@ -156,17 +204,39 @@ def by_values(leaf, layer, right, found, config) -> Iterator[Finding]:
     elif (text := _unknown_order(right, found)) is not None:
         yield Finding("reordered", leaf, layer, text, "put it back in order")
     else:
-        scale = float(np.sqrt((x * x).mean())) or 1.0
-        error = float(np.sqrt(((x - y) ** 2).mean())) / scale
-        yield Finding(
-            "unexplained",
-            leaf,
-            layer,
-            # A power of ten, so that layers that differ alike are one sentence.
-            "differs, and no hypothesis explains it (difference / size: about "
-            f"{10.0 ** round(math.log10(max(error, 1e-9))):g})",
-            "compare how the two were made; a trained model differs from its start like this",
+        yield _unexplained(leaf, layer, x, y, float(finite.mean()))
+
+
+def _unexplained(leaf, layer, x: np.ndarray, y: np.ndarray, finite: float) -> Finding:
+    """A difference with no reason: how large it is, and what such a one usually is.
+
+    Args:
+      leaf, layer: which.
+      x, y: of A and of B, float64 samples, 0 where either is not finite.
+      finite: share of elements that are finite in both.
+    """
+    with np.errstate(over="ignore"):
+        size = float(np.sqrt((x * x).mean())) or 1.0
+        error = float(np.sqrt(((x - y) ** 2).mean())) / size
+        dx, dy = x - x.mean(), y - y.mean()
+        across = float(np.sqrt((dx * dx).sum()) * np.sqrt((dy * dy).sum()))
+        alike = float((dx * dy).sum()) / max(across, 1e-300)
+    if error > _ABSURD or finite < EXPLAINED:
+        fix = (
+            "unrelated numbers, and no weights: memory that was never written, or read with the "
+            "wrong dtype or byte order; write it again from its source"
         )
+    elif abs(alike) < _UNRELATED:
+        fix = (
+            "unrelated numbers: another model's, random (never loaded), or in an order that is not "
+            "among those tried; write it again from its source"
+        )
+    else:
+        fix = "compare how the two were made; a trained model differs from its start like this"
+    # A power of ten, so that layers that differ alike are one sentence.
+    about = 10.0 ** round(math.log10(min(max(error, 1e-9), 1e300)))
+    what = f"differs, and no hypothesis explains it (difference / size: about {about:g})"
+    return Finding("unexplained", leaf, layer, what, fix)
 
 
 def _factor(factor: float, config: ModelConfig) -> tuple[str, str]:

@@ -95,6 +95,32 @@ def head_orders(leaf: str, config: ModelConfig) -> list[Order]:
     return _distinct(found)
 
 
+def fused_orders(leaf: str, rows: int) -> list[Order]:
+    """Mistakes with gate and up as one matrix; the order is one of its rows [gate; up].
+
+    Args:
+      leaf: layers/w_gate or layers/w_up.
+      rows: of one of the two.
+    """
+    up = leaf == "layers/w_up"
+    halves = np.arange(rows) + rows * up  # this leaf as a half of a fused matrix
+    fix = "split the fused matrix of gate_proj and up_proj again, with its rows as they are in it"
+    return [
+        Order(
+            "fused_rows",
+            "has rows of gate_proj and up_proj in turn: a half of a matrix in which they alternate",
+            fix,
+            halves % 2 * rows + halves // 2,
+        ),
+        Order(
+            "fused_rows",
+            "has every second row of gate_proj and then of up_proj: split as if they alternated",
+            fix,
+            2 * np.arange(rows) + up,
+        ),
+    ]
+
+
 def _spread(heads: np.ndarray, config: ModelConfig) -> np.ndarray:
     return (heads[:, None] * config.head_dim + np.arange(config.head_dim)).reshape(-1)
 

@@ -12,6 +12,7 @@ from lemur_jax.convert.parity import alone, configs, diagnose, expanded, places,
 from lemur_jax.convert.parity.compare import Comparison, compare
 from lemur_jax.convert.parity.finding import Finding, Sentence, sentences
 from lemur_jax.convert.parity.weights import Weights, of_source, tensor_bytes
+from lemur_jax.convert.recognise import recognise
 
 GIB = 2**30
 _MIN_TOKENS = 8
@@ -60,9 +61,10 @@ def parity(
       b: our code runs its weights. The same path: our code against the reference. None: the same,
         and the weights are judged by themselves and by a text, with no twin to compare with.
       tokens: of each of two rows, at positions up to twice the model's length.
-      text: file whose likelihood judges a model without a twin; None takes a passage of ours.
+      text: file whose likelihood judges a model without a twin; None takes a passage of ours. With
+        b it is refused: nothing would read it.
       transformers: run A's layers through transformers too, which must be installed.
-      max_positions: of Meta's format, which does not say it.
+      max_positions: of Meta's format, which does not say it; refused if neither model is Meta's.
       say: takes each line of the report.
 
     Raises:
@@ -70,13 +72,22 @@ def parity(
     """
     if tokens < _MIN_TOKENS:
         raise ConversionError([f"tokens={tokens} is too few: give at least {_MIN_TOKENS}"])
-    first = of_source(open_source(a, max_positions=max_positions))
-    second = first
-    if b is not None and Path(b) != Path(a):
-        second = of_source(open_source(b, max_positions=max_positions))
+    paths = [a] if b is None or Path(b) == Path(a) else [a, b]
+    if text is not None and b is not None:
+        problem = f"--text={text} judges one model without a twin: leave out {b}, or --text"
+        raise ConversionError([problem])
+    of_meta = [recognise(path) == "meta" for path in paths]
+    if max_positions is not None and not any(of_meta):
+        problem = f"--max_positions={max_positions} is for Meta's weights, which do not say it"
+        raise ConversionError([f"{problem}: leave it out, the config of this model says it"])
+    first, *other = (
+        of_source(open_source(path, max_positions=max_positions if meta else None))
+        for path, meta in zip(paths, of_meta)
+    )
+    second = other[0] if other else first
     for line in plan(first, second, tokens):
         say(line)
-    found = list(configs.differences(first.config, second.config))
+    found = list(configs.differences(first.config, second.config, configs.spelling(second.source)))
     comparable = configs.same_structure(first.config, second.config)
     comparison = None
     if comparable:
@@ -164,13 +175,21 @@ def lines(report: Report) -> list[str]:
         word = "FAULT" if sentence.fault else "note"
         out.append(f"{word}: {sentence.text}" + (f". Fix: {sentence.fix}" if sentence.fix else ""))
     if report.comparison is None:
-        out.append("verdict: the models have different structures; nothing else was compared")
+        out.append(
+            "verdict: NOT the same; the models have different shapes or structures, so nothing "
+            "else was compared"
+        )
     elif report.same:
         same = "the same" if report.b else "no fault found, and our code agrees with the reference"
-        out.append(f"verdict: {same}; every operation is within float32 rounding")
+        within = "float32 rounding"
+        if any(sentence.kind == "rounded" for sentence in report.findings):
+            same, within = "the same but for rounding of weights to 16 bits", "what that explains"
+        out.append(f"verdict: {same}; every operation is within {within}")
     else:
         wrong = "NOT the same" if report.b else "faults found"
         out.append(f"verdict: {wrong}{_first(report.comparison)}")
+        if not any(sentence.fault for sentence in report.findings):
+            out[-1] += ", by more than the notes explain" if report.findings else ""
     return out
 
 

@@ -32,6 +32,12 @@ def diagnose_vocabulary(a: Weights, b: Weights) -> Iterator[Finding]:
 def _vocabulary(a: Weights, b: Weights, leaf: str, rows: int) -> Iterator[Finding]:
     indices = sample_rows(rows)
     sample, right = b.take(leaf, indices), a.take(leaf, indices)
+    if damage.constant(sample) and not damage.close(right, sample).all():
+        step = max(1, STEP_ELEMENTS // a.config.embed)
+        blocks = (b.rows(leaf, i, min(i + step, rows)) for i in range(0, rows, step))
+        if all(damage.constant(block) and block[0, 0] == sample[0, 0] for block in blocks):
+            yield damage.same_everywhere(leaf, None, float(sample[0, 0]))
+            return
     moved = damage.close(right, sample).mean(axis=1) < 0.5  # rows out of place
     shift = _shift(a, leaf, indices[moved], sample[moved], rows) if moved.any() else 0
     if moved.mean() > 0.95 and not shift:

@@ -7,6 +7,7 @@ as "q_proj is interleaved" means the same for every format; our own code gets ou
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import ml_dtypes
 import numpy as np
 
 from lemur_jax.config import ModelConfig
@@ -16,6 +17,7 @@ from lemur_jax.convert.rules import Rule
 
 LAYERS = "layers/"
 _NEAR_ROWS = 32  # of the vocabulary
+_SAMPLED_ROWS = 64  # for a tensor's precision
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,17 @@ class Weights:
     def dtype(self, leaf: str) -> np.dtype:
         """In which a leaf is stored; "head" of a tied model is its table."""
         return self.source.dtype("table" if self.tied and leaf == "head" else leaf)
+
+    def precision(self, leaf: str, layer: int | None = None) -> np.dtype:
+        """The narrowest dtype that holds a tensor: bfloat16 numbers may be stored as float32.
+
+        Looks at a few rows of one layer.
+        """
+        stored = self.dtype(leaf)
+        leaf = "table" if self.tied and leaf == "head" else leaf
+        some = slice(0, _SAMPLED_ROWS)
+        sample = self.source.read(leaf, some if layer is None else (layer, some))
+        return narrowest(sample, stored)
 
     @property
     def tied(self) -> bool:
@@ -85,6 +98,15 @@ class Weights:
             tensor_bytes(self, leaf) * (self.config.layers if leaf in self.layer_leaves else 1)
             for leaf in self.rules
         )
+
+
+def narrowest(numbers: np.ndarray, stored: np.dtype) -> np.dtype:
+    """bfloat16 or float16 if it holds all the numbers as they are, otherwise `stored`."""
+    with np.errstate(over="ignore"):
+        for dtype in (np.dtype(ml_dtypes.bfloat16), np.dtype("float16")):
+            if (numbers.astype(dtype).astype(stored) == numbers).all():
+                return dtype
+    return stored
 
 
 def tensor_bytes(weights: Weights, leaf: str) -> int:
