@@ -134,9 +134,16 @@ class _Job:
                 Path(self.partial).parent.mkdir(parents=True, exist_ok=True)
                 check_space(Path(self.partial).parent, self.target.total_bytes)
         try:
-            done = journal.begin(self._header(), self._prepare, options.timeout_seconds)
-            if done:
+            before = journal.begin(self._header(), self._prepare, options.timeout_seconds)
+            done = engine.still_there(self.target, self.plan, before)
+            journal.append(list(done.values()))
+            if before:
                 say(f"going on: {len(done)} of {len(self.plan.blocks)} blocks are there")
+            if len(done) < len(before):
+                say(
+                    f"done again: {len(before) - len(done)} blocks, whose bytes in {self.partial} "
+                    "are no longer those that were written"
+                )
             engine.run(
                 self.source, self.leaves, self.target, self.plan, journal, done,
                 options.process, options.processes, f"{self.source.path} -> {self.destination}",
@@ -146,6 +153,8 @@ class _Job:
                 if not os.path.exists(self._result()) and not self.remote:
                     raise UnfinishedError([f"process 0 has given up {self.destination}: see there"])
                 return self._result()
+            journal.all_done(len(self.plan.blocks), options.timeout_seconds)
+            self._check_absent(journal)
             lines = journal.all_done(len(self.plan.blocks), options.timeout_seconds)
             found = engine.tally(self.plan, lines)
             engine.check_digests(self.source, found)
@@ -166,6 +175,18 @@ class _Job:
             self.target.close()
         self._say_outcome(found, time.monotonic() - started, say)
         return self._result()
+
+    def _check_absent(self, journal: Journal) -> None:
+        lines = journal.of_absent()
+        wrong = sorted(set(lines) - set(engine.still_there(self.target, self.plan, lines)))
+        if wrong:
+            processes = sorted({number % self.options.processes for number in wrong})
+            raise UnfinishedError(
+                [
+                    f"{len(wrong)} blocks in {self.partial} are no longer those that were written: "
+                    f"start the processes {processes} again (--process), and this one"
+                ]
+            )
 
     def _prepare(self) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
