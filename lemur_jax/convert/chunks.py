@@ -16,7 +16,7 @@ from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig, ModelConfig
 from lemur_jax.convert import grain
 from lemur_jax.convert.disk import DiskFile
-from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.errors import ConversionError, first_few
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.ours import PREFIX
 from lemur_jax.convert.stored import Region, Shape, StoredTensor, contiguous, shape_of
@@ -162,14 +162,27 @@ def shard_shapes(config: ModelConfig, mesh: MeshConfig) -> dict[str, Shape]:
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
     for name, leaf in zip(param.flatten(model), leaves, strict=True):
         shape = leaf.get_value().shape
-        where = jax.sharding.NamedSharding(over, spec(param.axes_of(leaf), over, shape))
-        try:
-            found[name] = where.shard_shape(shape)
-        except ValueError as error:
-            problems.append(f"--mesh does not divide {name} {list(shape)}: {error}")
+        divided = spec(param.axes_of(leaf), over, shape)
+        uneven = [
+            f"--mesh: {_shown(over, axes)} does not divide {size}, axis {axis} of {name} "
+            f"{list(shape)}: give another size"
+            for axis, (size, axes) in enumerate(zip(shape, divided))
+            if size % math.prod(over.shape[a] for a in _names(axes))
+        ]
+        problems += uneven
+        if not uneven:
+            found[name] = jax.sharding.NamedSharding(over, divided).shard_shape(shape)
     if problems:
-        raise ConversionError(problems)
+        raise ConversionError(first_few(problems, "leaves"))
     return found
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _shown(over: Any, axes: str | Sequence[str] | None) -> str:
+    return ",".join(f"{name}={over.shape[name]}" for name in _names(axes) if over.shape[name] > 1)
 
 
 def _chunks(leaf: Leaf, shards: dict[str, Shape] | None) -> Shape:

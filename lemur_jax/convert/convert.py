@@ -18,14 +18,14 @@ from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_output import write_small_files
 from lemur_jax.convert.journal import Journal, UnfinishedError, identity
-from lemur_jax.convert.model import Source, open_source
+from lemur_jax.convert.model import Source, check_max_positions, open_source
 from lemur_jax.convert.options import Options
 from lemur_jax.convert.ours import PREFIX, OurSource
 from lemur_jax.convert.plan import Plan, check_space, describe, make_plan, show_bytes
 from lemur_jax.convert.report import REPORT, report_text
 from lemur_jax.convert.safetensors import numpy_dtype
 from lemur_jax.convert.targets import FilesTarget, Leaf
-from lemur_jax.convert.vocabulary import Resized, resize
+from lemur_jax.convert.vocabulary import Resized, lost_rows, resize
 from lemur_jax.errors import LemurError
 
 
@@ -66,10 +66,15 @@ def convert(
     source: Source = open_source(
         source_path, mixed=options.dtype, max_positions=options.max_positions
     )
+    check_max_positions(options.max_positions, source)
     if options.add_tokens or options.vocab_size is not None:
+        original = source
         source = resize(
             source, options.add_tokens, vocab_size=options.vocab_size, new_rows=options.new_rows
         )
+        note = lost_rows(original, source)
+        if note is not None:
+            say(note)
     job = _Job(source, destination, options)
     say(describe(job.plan, engine.guess_rate(source, job.plan)))
     if dry_run:
@@ -282,6 +287,7 @@ class _Job:
             say(
                 f"cast {name}: {cost['from']} -> {cost['to']}, {cost['changed']} values changed, "
                 f"at most by {cost['absolute']:.3g} (relative {cost['relative']:.3g})"
+                + (f"; {odd} are NaN or infinite, as before" if (odd := cost["not_finite"]) else "")
             )
         peak = engine.peak_resident_bytes()
         say(

@@ -11,7 +11,7 @@ from lemur_jax.config import ModelConfig
 from lemur_jax.convert import grain
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import COMPUTATION
-from lemur_jax.convert.model import Source, open_source
+from lemur_jax.convert.model import Source, check_max_positions, open_source
 from lemur_jax.convert.plan import COPIES, Part, block_shapes
 from lemur_jax.convert.progress import progress
 from lemur_jax.convert.stored import Region, Shape, contiguous
@@ -75,6 +75,7 @@ def verify(
       CheckpointError: a checkpoint of ours is incomplete.
     """
     a, b = (open_source(p, dtype=dtype, max_positions=max_positions) for p in (a_path, b_path))
+    check_max_positions(max_positions, a, b)
     _check_configs(a, b)
     widths = {name: max(a.dtype(name).itemsize, b.dtype(name).itemsize) for name in a.names}
     blocks = block_shapes(
