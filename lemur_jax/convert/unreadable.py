@@ -5,6 +5,7 @@ Reads headers only and trusts nothing in them: whatever is odd is left to the re
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lemur_jax.convert import safetensors, tables
 from lemur_jax.convert.errors import first_few
@@ -25,7 +26,7 @@ def lost_tensors(path: str | Path) -> list[str]:
     held: dict[str, list[str]] = {safetensors.SINGLE: []}
     for index in _INDEXES:
         try:
-            weight_map = json.loads((directory / index).read_text())["weight_map"]
+            weight_map = _json(directory / index)["weight_map"]
             for name, file in weight_map.items():
                 held.setdefault(str(file), []).append(str(name))
         except _ODD:
@@ -43,10 +44,17 @@ def lost_tensors(path: str | Path) -> list[str]:
     return lost + _transposed(directory)
 
 
+def _json(path: Path) -> Any:
+    """Raises one of _ODD. A pipe is not opened: it would wait."""
+    if other_kind(path) is not None:
+        raise ValueError(f"{path} is no file")
+    return json.loads(path.read_text())
+
+
 def _transposed(directory: Path) -> list[str]:
     """Tensors whose shape is that of the config, backwards."""
     try:
-        config = config_from_hf(json.loads((directory / "config.json").read_text()))
+        config = config_from_hf(_json(directory / "config.json"))
         files = [path for path in directory.glob("*.safetensors") if path.is_file()]
         headers = [safetensors.read_header(path) for path in files]
     except _ODD:  # the reader has said it; its ConversionError is a ValueError

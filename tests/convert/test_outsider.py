@@ -416,7 +416,11 @@ def test_a_zip_that_is_cut_short(tmp_path):
 def test_metas_last_file_is_missing_or_a_copy(tmp_path):
     """Red when params.json is blamed for a missing part, or a part is taken twice."""
     torch = pytest.importorskip("torch")
-    source = foreign.write_meta(tmp_path / "meta", tiny_hf.weights(), 2, torch=torch, multiple_of=8)
+    weights = tiny_hf.weights()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = weights[name][:100]
+    sizes = {"multiple_of": 8, "ffn_dim_multiplier": 0.5}  # 24 hidden units
+    source = foreign.write_meta(tmp_path / "meta", weights, 2, torch=torch, **sizes)
     assert open_source(source, max_positions=64).config.layers == 2
     second = source / "consolidated.01.pth"
     shutil.copy(source / "consolidated.00.pth", second)
