@@ -119,7 +119,9 @@ def still_there(target: Target, plan: Plan, lines: Mapping[int, dict]) -> dict[i
         return list(digest.sums) == list(lines[block.number]["written"])
 
     blocks = [block for block in plan.blocks if block.number in lines]
-    with contextlib.closing(_each(blocks, plan.budget, work)) as results:
+    # Half of the budget: what malloc keeps of it stays when the conversion goes on.
+    budget = max([plan.budget // 2, *(block.memory for block in blocks)])
+    with contextlib.closing(_each(blocks, budget, work)) as results:
         return {block.number: lines[block.number] for block, same in results if same}
 
 

@@ -141,9 +141,10 @@ class FilesTarget:
         if not rule.stacked:
             return contiguous(self._read_one(rule, rule.theirs, region))
         layers = range(region[0].start, region[0].stop)
-        return np.stack(
-            [self._read_one(rule, rule.theirs.format(layer), region[1:]) for layer in layers]
-        )
+        if len(layers) == 1:
+            return contiguous(self._read_one(rule, rule.theirs.format(layers[0]), region[1:]))[None]
+        names = [rule.theirs.format(layer) for layer in layers]
+        return np.stack([contiguous(self._read_one(rule, name, region[1:])) for name in names])
 
     def _read_one(self, rule: Rule, theirs: str, region: Region) -> np.ndarray:
         part = rule.part(region, self._config)
