@@ -29,7 +29,7 @@ def cast(
     """
     if array.dtype == dtype:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         result = array.astype(dtype)
     lost = np.isfinite(array) & ~np.isfinite(result)
     if lost.any():
@@ -38,8 +38,8 @@ def cast(
             name = name(tuple(int(i) for i in np.argwhere(lost)[0]))
         raise ConversionError(
             [
-                f"{name!r} holds {worst:g}, which does not fit in {dtype.name}: use "
-                "dtype='bfloat16' or 'float32'"
+                f"{name!r} holds {worst:g}, which does not fit in {dtype.name}: give "
+                "--dtype=bfloat16 or float32"
             ]
         )
     return result

@@ -2,8 +2,9 @@
 
 import dataclasses
 import errno
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from lemur_jax import checkpoint
 from lemur_jax.config import MeshConfig, ModelConfig
 from lemur_jax.convert import grain
 from lemur_jax.convert.disk import DiskFile
-from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.errors import ConversionError, first_few
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.ours import PREFIX
-from lemur_jax.convert.stored import Region, Shape, contiguous
+from lemur_jax.convert.stored import Region, Shape, StoredTensor, contiguous, shape_of
 from lemur_jax.convert.targets import Leaf
 from lemur_jax.model import param
 from lemur_jax.model.decoder import abstract
@@ -73,14 +74,40 @@ class ChunksTarget:
             store = self._stores[name][tuple(region)]
             _done(store.write(array, can_reference_source_data_indefinitely=True))
             return
+        for part, path in self._files(name, region):
+            self._write_file(path, _filled(array[part], self.chunks[name]))
+
+    def read(self, name: str, region: Region) -> np.ndarray | None:
+        """As Target. What lies behind the array in a chunk at its end must be zeros too."""
+        if not self._local:
+            return contiguous(_done(self._stores[name][tuple(region)].read()))
+        dtype, chunks = self._leaves[name].dtype, self.chunks[name]
+        out = None
+        for part, path in self._files(name, region):
+            file, size = Path(path), math.prod(chunks) * dtype.itemsize
+            if not file.is_file() or file.stat().st_size != size:
+                return None
+            whole = StoredTensor(file, name, chunks, dtype, ((0, size),)).read()
+            if whole.shape == shape_of(region):
+                return whole
+            out = np.empty(shape_of(region), dtype) if out is None else out
+            out[part] = whole[tuple(slice(0, n) for n in out[part].shape)]
+            if (
+                out[part].shape != chunks
+                and _filled(out[part], chunks).tobytes() != whole.tobytes()
+            ):
+                return None
+        return out
+
+    def _files(self, name: str, region: Region) -> Iterator[tuple[Region, str]]:
+        """The chunks of a block: where in the block, and the file."""
         chunks = self.chunks[name]
-        for part in grain.regions(array.shape, chunks):
+        for part in grain.regions(shape_of(region), chunks):
             numbers = [
                 (whole.start + inside.start) // size
                 for whole, inside, size in zip(region, part, chunks)
             ]
-            path = f"{self._item_dir}/{PREFIX}{name}/{'.'.join(map(str, numbers))}"
-            self._write_file(path, _filled(array[part], chunks))
+            yield part, f"{self._item_dir}/{PREFIX}{name}/{'.'.join(map(str, numbers))}"
 
     def sync(self) -> None:
         """As Target: a block is on the disk when its write returns."""
@@ -138,14 +165,27 @@ def shard_shapes(config: ModelConfig, mesh: MeshConfig) -> dict[str, Shape]:
     leaves = jax.tree.leaves(model, is_leaf=lambda leaf: hasattr(leaf, "get_metadata"))
     for name, leaf in zip(param.flatten(model), leaves, strict=True):
         shape = leaf.get_value().shape
-        where = jax.sharding.NamedSharding(over, spec(param.axes_of(leaf), over, shape))
-        try:
-            found[name] = where.shard_shape(shape)
-        except ValueError as error:
-            problems.append(f"--mesh does not divide {name} {list(shape)}: {error}")
+        divided = spec(param.axes_of(leaf), over, shape)
+        uneven = [
+            f"--mesh: {_shown(over, axes)} does not divide {size}, axis {axis} of {name} "
+            f"{list(shape)}: give another size"
+            for axis, (size, axes) in enumerate(zip(shape, divided))
+            if size % math.prod(over.shape[a] for a in _names(axes))
+        ]
+        problems += uneven
+        if not uneven:
+            found[name] = jax.sharding.NamedSharding(over, divided).shard_shape(shape)
     if problems:
-        raise ConversionError(problems)
+        raise ConversionError(first_few(problems, "leaves"))
     return found
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _shown(over: Any, axes: str | Sequence[str] | None) -> str:
+    return ",".join(f"{name}={over.shape[name]}" for name in _names(axes) if over.shape[name] > 1)
 
 
 def _chunks(leaf: Leaf, shards: dict[str, Shape] | None) -> Shape:

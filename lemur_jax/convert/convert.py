@@ -19,14 +19,14 @@ from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_output import write_small_files
 from lemur_jax.convert.journal import Journal, UnfinishedError, identity
-from lemur_jax.convert.model import Source, open_source
+from lemur_jax.convert.model import Source, check_max_positions, open_source
 from lemur_jax.convert.options import Options
 from lemur_jax.convert.ours import PREFIX, OurSource
 from lemur_jax.convert.plan import Plan, check_space, describe, make_plan, show_bytes
 from lemur_jax.convert.report import REPORT, report_text
 from lemur_jax.convert.safetensors import numpy_dtype
 from lemur_jax.convert.targets import FilesTarget, Leaf
-from lemur_jax.convert.vocabulary import Resized, resize
+from lemur_jax.convert.vocabulary import Resized, lost_rows, resize
 from lemur_jax.errors import LemurError
 
 
@@ -70,10 +70,15 @@ def convert(
         max_positions=options.max_positions,
         base=options.base,
     )
+    check_max_positions(options.max_positions, source)
     if options.add_tokens or options.vocab_size is not None:
+        original = source
         source = resize(
             source, options.add_tokens, vocab_size=options.vocab_size, new_rows=options.new_rows
         )
+        note = lost_rows(original, source)
+        if note is not None:
+            say(note)
     job = _Job(source, destination, options)
     say(describe(job.plan, engine.guess_rate(source, job.plan)))
     if dry_run:
@@ -139,9 +144,16 @@ class _Job:
                 Path(self.partial).parent.mkdir(parents=True, exist_ok=True)
                 check_space(Path(self.partial).parent, self.target.total_bytes)
         try:
-            done = journal.begin(self._header(), self._prepare, options.timeout_seconds)
-            if done:
+            before = journal.begin(self._header(), self._prepare, options.timeout_seconds)
+            done = engine.still_there(self.target, self.plan, before)
+            journal.append(list(done.values()))
+            if before:
                 say(f"going on: {len(done)} of {len(self.plan.blocks)} blocks are there")
+            if len(done) < len(before):
+                say(
+                    f"done again: {len(before) - len(done)} blocks, whose bytes in {self.partial} "
+                    "are no longer those that were written"
+                )
             engine.run(
                 self.source, self.leaves, self.target, self.plan, journal, done,
                 options.process, options.processes, f"{self.source.path} -> {self.destination}",
@@ -151,6 +163,8 @@ class _Job:
                 if not os.path.exists(self._result()) and not self.remote:
                     raise UnfinishedError([f"process 0 has given up {self.destination}: see there"])
                 return self._result()
+            journal.all_done(len(self.plan.blocks), options.timeout_seconds)
+            self._check_absent(journal)
             lines = journal.all_done(len(self.plan.blocks), options.timeout_seconds)
             found = engine.tally(self.plan, lines)
             engine.check_digests(self.source, found)
@@ -171,6 +185,18 @@ class _Job:
             self.target.close()
         self._say_outcome(found, time.monotonic() - started, say)
         return self._result()
+
+    def _check_absent(self, journal: Journal) -> None:
+        lines = journal.of_absent()
+        wrong = sorted(set(lines) - set(engine.still_there(self.target, self.plan, lines)))
+        if wrong:
+            processes = sorted({number % self.options.processes for number in wrong})
+            raise UnfinishedError(
+                [
+                    f"{len(wrong)} blocks in {self.partial} are no longer those that were written: "
+                    f"start the processes {processes} again (--process), and this one"
+                ]
+            )
 
     def _prepare(self) -> None:
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -267,6 +293,7 @@ class _Job:
             say(
                 f"cast {name}: {cost['from']} -> {cost['to']}, {cost['changed']} values changed, "
                 f"at most by {cost['absolute']:.3g} (relative {cost['relative']:.3g})"
+                + (f"; {odd} are NaN or infinite, as before" if (odd := cost["not_finite"]) else "")
             )
         peak = engine.peak_resident_bytes()
         say(

@@ -40,7 +40,13 @@ class DiskFile:
         self._lock = threading.Lock()
 
     def write(self, data: memoryview, offset: int) -> None:
-        """Puts bytes at an offset."""
+        """Puts bytes at an offset. Raises OSError, which names the file."""
+        try:
+            self._write(data, offset)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
+
+    def _write(self, data: memoryview, offset: int) -> None:
         array = np.frombuffer(data, np.uint8) if len(data) else None
         head = -offset % PAGE
         suits = array is not None and (array.ctypes.data + head) % PAGE == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert import msgpack_stream, tables
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.file_kind import check_file
 from lemur_jax.convert.found import Dictated, table_source
 from lemur_jax.convert.hf_config import config_from_hf
 from lemur_jax.convert.json_file import read_json
@@ -43,6 +44,7 @@ def open_easylm(
             shown = ", ".join(file.name for file in found)
             raise ConversionError([f"{path} has several streams ({shown}): give one of them"])
         path = found[0]
+    check_file(path)
     why = (
         "EasyLM's stream does not say which model it holds: put the config.json of the same "
         "model in Hugging Face's format beside it"
@@ -75,6 +77,11 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
             ("tied embeddings", config.tie_embeddings),
             ("attention_bias", config.attention_bias),
             ("mlp_bias", config.mlp_bias),
+            (
+                f"head_dim={config.head_dim} other than hidden_size / num_attention_heads",
+                config.head_dim * config.heads != config.embed,
+            ),
+            (f"RoPE scaling ({config.rope.kind})", config.rope.kind != "default"),
         )
         if there
     ]

@@ -8,15 +8,18 @@ says is written is not written again. Every process of several takes its own blo
 makes the result whole when all blocks are there; no weights go from one process to another.
 """
 
+import contextlib
+import dataclasses
 import os
 import queue
 import resource
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -78,22 +81,65 @@ def run(
     """
     dtypes = {leaf.name: leaf.dtype for leaf in leaves}
     mine = [b for b in plan.blocks if b.number % processes == process]
-    room = _Room(plan.budget)
+
+    def work(block: Block) -> dict:
+        return {"block": block.number} | _one(source, target, block, dtypes[block.name])
+
+    with progress(what, sum(block.bytes_in for block in mine)) as advance:
+        for block in mine:
+            if block.number in done:
+                advance(block.name, block.bytes_in)
+        waiting, lines = [b for b in mine if b.number not in done], []
+        synced = time.monotonic()
+        with contextlib.closing(_each(waiting, plan.budget, work)) as results:
+            for block, line in results:
+                lines.append(line)
+                advance(block.name, block.bytes_in)
+                if time.monotonic() - synced > _SYNC_SECONDS:
+                    target.sync()
+                    journal.append(lines)
+                    lines, synced = [], time.monotonic()
+        target.sync()
+        journal.append(lines)
+
+
+def still_there(target: Target, plan: Plan, lines: Mapping[int, dict]) -> dict[int, dict]:
+    """Those of `lines` whose blocks lie in the target as they were written: read, and compared.
+
+    Raises:
+      OSError: the disk.
+    """
+
+    def work(block: Block) -> bool:
+        found = target.read(block.name, block.region)
+        if found is None:
+            return False
+        digest = StreamingDigest()
+        digest.add(found, tuple(part.start for part in block.region))
+        return list(digest.sums) == list(lines[block.number]["written"])
+
+    blocks = [block for block in plan.blocks if block.number in lines]
+    # Half of the budget: what malloc keeps of it stays when the conversion goes on.
+    budget = max([plan.budget // 2, *(block.memory for block in blocks)])
+    with contextlib.closing(_each(blocks, budget, work)) as results:
+        return {block.number: lines[block.number] for block, same in results if same}
+
+
+def _each(
+    blocks: Sequence[Block], budget: int, work: Callable[[Block], Any]
+) -> Iterator[tuple[Block, Any]]:
+    """Does `work` in a few threads, as many blocks at a time as the budget has room for. Yields
+    what is finished; what is not started yet when the caller stops or a block fails is dropped."""
+    room = _Room(budget)
     finished: queue.Queue[tuple[Block, Future]] = queue.Queue()
 
     def start(pool: ThreadPoolExecutor, block: Block) -> None:
         room.take(block.memory)
-        future = pool.submit(_one, source, target, block, dtypes[block.name])
+        future = pool.submit(work, block)
         future.add_done_callback(lambda f: (room.give(block.memory), finished.put((block, f))))
 
-    total = sum(block.bytes_in for block in mine)
-    with ThreadPoolExecutor(WORKERS) as pool, progress(what, total) as advance:
-        for block in mine:
-            if block.number in done:
-                advance(block.name, block.bytes_in)
-        waiting, running, lines = [b for b in mine if b.number not in done], 0, []
-        waiting.reverse()
-        synced = time.monotonic()
+    waiting, running = list(reversed(blocks)), 0
+    with ThreadPoolExecutor(WORKERS) as pool:
         try:
             while waiting or running:
                 while waiting and (running == 0 or room.has(waiting[-1].memory)):
@@ -103,12 +149,7 @@ def run(
                     running += 1
                 block, future = finished.get()
                 running -= 1
-                lines.append({"block": block.number} | future.result())
-                advance(block.name, block.bytes_in)
-                if time.monotonic() - synced > _SYNC_SECONDS or not (waiting or running):
-                    target.sync()
-                    journal.append(lines)
-                    lines, synced = [], time.monotonic()
+                yield block, future.result()
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -155,11 +196,15 @@ def _one(source: Source, target: Target, block: Block, dtype: np.dtype) -> dict:
     else:
         as_written.add(turned, offset)
     del read, clean
-    target.write(block.name, block.region, turned)
+    try:
+        target.write(block.name, block.region, turned)
+    except OSError as error:
+        why = f"{error.strerror or error} (writing {block.name})"
+        raise OSError(error.errno, why, error.filename) from error
     return {
         "written": as_written.sums,
         "read": as_read.sums,
-        "error": [error.absolute, error.relative, error.changed],
+        "error": dataclasses.astuple(error),
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.cast import check_dtype
-from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.errors import ConversionError, first_few
 from lemur_jax.convert.hf_config import stated_dtype
 from lemur_jax.convert.model import TableSource
 from lemur_jax.convert.rules import Found, Rule, check_complete
@@ -121,17 +121,18 @@ def _leaf_dtypes(table, config, tensors, dtype, mixed) -> dict[str, np.dtype]:
             by_dtype.setdefault(tensors[name].dtype.name, []).append(name)
         for found, names in by_dtype.items():
             if found not in FLOATS and (found != "float64" or to is None):
-                fix = "give dtype=" if found == "float64" else "use unquantised weights"
+                fix = "give --dtype=float32" if found == "float64" else "use unquantised weights"
                 problems.append(f"{names[0]!r} has dtype {found}, which is not supported: {fix}")
         if len(by_dtype) > 1 and to is None:
             shown = ", ".join(f"{names[0]!r} {found}" for found, names in by_dtype.items())
             problems.append(
-                f"{rule.ours!r} stacks layers of different dtypes ({shown}): give dtype="
+                f"{rule.ours!r} stacks layers of different dtypes ({shown}): give "
+                "--dtype=float32, or another that holds them all"
             )
         own = next(iter(by_dtype)) if len(by_dtype) == 1 else None
         dtypes[rule.ours] = numpy_dtype(dtype or (own if own in FLOATS else to) or "float32")
     if problems:
-        raise ConversionError(problems)
+        raise ConversionError(first_few(problems, "tensors"))
     return dtypes
 
 

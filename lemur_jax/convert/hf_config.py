@@ -8,6 +8,7 @@ default of `transformers.LlamaConfig`, as they would there.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from lemur_jax.config import ACTIVATIONS, COMPUTATION_FIELDS, DTYPES, ConfigError, ModelConfig
@@ -235,5 +236,8 @@ def _typed(field: _Field, source: dict[str, Any], problems: list[str]) -> Any:
         problems.append(
             f"{field.theirs}={value!r} in config.json must be of type {field.kind.__name__}"
         )
+        return field.default
+    if field.kind is float and not math.isfinite(value):
+        problems.append(f"{field.theirs}={value!r} in config.json must be a finite number")
         return field.default
     return value

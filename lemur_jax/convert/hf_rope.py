@@ -6,6 +6,7 @@ v5: {"rope_parameters": {"rope_theta": t, "rope_type": kind, "factor": ...}}
 Meaning and defaults are those of `transformers/modeling_rope_utils.py`.
 """
 
+import math
 from typing import Any
 
 from lemur_jax.config import ROPE_KINDS, ConfigError, RopeConfig
@@ -88,6 +89,8 @@ def rope_from_hf(source: dict[str, Any], max_positions: int) -> tuple[RopeConfig
             fields["truncate"] = value
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             problems.append(f"RoPE parameter {key}={value!r} must be a number")
+        elif not math.isfinite(value):
+            problems.append(f"RoPE parameter {key}={value!r} must be a finite number")
         else:
             fields[known[key]] = value
     for key in _REQUIRED.get(kind, ()):
@@ -153,8 +156,9 @@ def _theta(source: dict[str, Any], parameters: dict[str, Any], problems: list[st
             f"rope_theta={outer!r} and rope_parameters.rope_theta={inner!r} disagree: keep one"
         )
     theta = next((value for value in (inner, outer) if value is not None), DEFAULT_THETA)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)):
-        problems.append(f"rope_theta={theta!r} must be a number (Llama 2: 10000.0)")
+    number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
+    if not number or not math.isfinite(theta):
+        problems.append(f"rope_theta={theta!r} must be a finite number (Llama 2: 10000.0)")
         return DEFAULT_THETA
     return float(theta)
 

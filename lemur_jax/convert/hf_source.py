@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lemur_jax.convert import report, safetensors, tables, torch_file
-from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.errors import ConversionError, first_few
+from lemur_jax.convert.file_kind import other_kind
 from lemur_jax.convert.found import Dictated, table_source
 from lemur_jax.convert.hf_config import config_from_hf
 from lemur_jax.convert.json_file import read_json
@@ -105,11 +106,19 @@ def _headers(directory: Path, kind: _Kind) -> list[StoredTensor]:
         if Path(shard).name != shard
     ]
     problems += [
-        f"{index.name} names shard {shard!r}, which is not in {directory}: download it"
+        f"{index.name} names shard {shard!r}, which is {other}, not a regular file: put the file "
+        "itself there"
         for shard in shards
-        if not (directory / shard).is_file()
+        if Path(shard).name == shard and (other := other_kind(directory / shard)) is not None
     ]
     problems += [
+        f"{index.name} names shard {shard!r}, which is not in {directory}: download it"
+        for shard in shards
+        if Path(shard).name == shard and _is_missing(directory / shard)
+    ]
+    problems = first_few(problems, "shards")
+    # An index with wrong names says nothing about which shards are of another download.
+    problems = problems or [
         f"shard {path.name!r} is in {directory} but not in {index.name}: it belongs to another "
         "download; remove it, or copy the index again"
         for path in sorted(directory.glob(kind.shards))
@@ -125,22 +134,37 @@ def _headers(directory: Path, kind: _Kind) -> list[StoredTensor]:
             problems += error.problems
             continue
         found += header.values()
-        problems += [
-            f"{index.name} says that {name!r} is in {shard}, but it is not: copy both again"
-            for name, where in weight_map.items()
-            if where == shard and name not in header
-        ]
-        problems += [
-            f"{name!r} is in {shard} but not in {index.name}: copy both again"
-            for name in header
-            if name not in weight_map and not name.endswith(tables.HF_INVERSE_FREQUENCIES)
-        ]
+        problems += first_few(
+            [
+                f"{index.name} says that {name!r} is in {shard}, but it is not: copy both again"
+                for name, where in weight_map.items()
+                if where == shard and name not in header
+            ],
+            "tensors",
+        )
+        problems += first_few(
+            [
+                f"{name!r} is in {shard} but not in {index.name}: copy both again"
+                for name in header
+                if name not in weight_map and not name.endswith(tables.HF_INVERSE_FREQUENCIES)
+            ],
+            "tensors",
+        )
     if problems:
         raise ConversionError(problems)
     return found
 
 
+def _is_missing(path: Path) -> bool:
+    return other_kind(path) is None and not path.is_file()
+
+
 def _no_weights(directory: Path) -> str:
+    for kind in _KINDS:
+        for name in (kind.single, kind.index):
+            path = directory / name
+            if (what := other_kind(path)) is not None:
+                return f"{path} is {what}, not a regular file: put the file itself there"
     names = sorted(path.name for path in directory.iterdir())
     wanted = " or ".join(name for kind in _KINDS for name in (kind.single, kind.index))
     return f"{directory} has no {wanted}; it has {', '.join(names[:12]) or 'nothing'}"

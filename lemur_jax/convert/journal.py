@@ -3,6 +3,7 @@
     .DST.partial/               the destination to be, files at their final size
     .DST.journal/header.json    source, flags and plan: another conversion is refused by name
     .DST.journal/blocks.I.jsonl one line for each block that process I has written and synced
+    .DST.journal/before.I.jsonl lines of earlier runs, until what they say of the files is compared
     .DST.journal/lock.I         held while process I is at work
 
 A line is appended only after the data of its block. A torn last line is a block not written.
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ class Journal:
           timeout_seconds: for which others wait for process 0.
 
         Returns:
-          {block number: its line} of what this process has written before.
+          {block number: its line} of what this process has written before, to be compared with
+          what lies in the files, and then appended again.
 
         Raises:
           ConversionError: the destination is being written by another command, or was begun with
@@ -68,14 +70,13 @@ class Journal:
         else:
             _wait(path.exists, timeout_seconds, f"process 0 has not written {path}")
         self._take_lock()
+        before = self._set_aside()
         if path.exists():
-            self._compare(json.loads(path.read_text()), json.loads(json.dumps(header)))
+            self._compare(_header(path), json.loads(json.dumps(header)))
         prepare()
         if self._process == 0 and not path.exists():
             _write(path, json.dumps(header, indent=1))
-        done = self._read(self._process)
-        self._lines = [json.dumps(line) for line in done.values()]
-        return done
+        return before
 
     def _compare(self, found: dict, header: dict) -> None:
         different = [
@@ -92,17 +93,27 @@ class Journal:
                 ]
             )
 
+    def _set_aside(self) -> dict[int, dict]:
+        """Lines of earlier runs, out of the file in which others look for what is done."""
+        lines = self._read(self._process)
+        if lines:
+            _write(self._before(self._process), _joined(lines.values()))
+        self._blocks(self._process).unlink(missing_ok=True)
+        return lines
+
     def append(self, lines: list[dict]) -> None:
         """Adds blocks whose data is safe."""
+        if not lines:
+            return
         self._lines += [json.dumps(line) for line in lines]
-        path = self._folder / f"blocks.{self._process}.jsonl"
+        path = self._blocks(self._process)
         if not self._local:
             path.write_text("\n".join(self._lines) + "\n")
             return
         with open(path, "a") as file:
             if file.tell() and not _ends_with_newline(path):
                 file.write("\n")  # behind a torn line
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(_joined(lines))
             file.flush()
             os.fsync(file.fileno())
 
@@ -116,7 +127,7 @@ class Journal:
         while True:
             done: dict[int, dict] = {}
             for process in range(self._processes):
-                done |= self._read(process)
+                done |= _lines(self._blocks(process))
             if len(done) == blocks:
                 return done
             if len(done) != before:
@@ -130,6 +141,19 @@ class Journal:
                     ]
                 )
             time.sleep(_POLL_SECONDS)
+
+    def of_absent(self) -> dict[int, dict]:
+        """Lines of processes that are not at work, so that nobody has compared them: process 0
+        must. (Where there are no locks, on object stores, nobody can tell.)"""
+        found: dict[int, dict] = {}
+        for process in range(1, self._processes if self._local else 1):
+            with open(self._folder / f"lock.{process}", "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                found |= _lines(self._blocks(process))
+        return found
 
     def wait_until_gone(self, timeout_seconds: float) -> None:
         """The others wait here until process 0 has made the result whole."""
@@ -159,18 +183,54 @@ class Journal:
                 [f"another command is at work ({self._folder}): wait for it, or stop it"]
             ) from None
 
+    def _blocks(self, process: int) -> epath.Path:
+        return self._folder / f"blocks.{process}.jsonl"
+
+    def _before(self, process: int) -> epath.Path:
+        return self._folder / f"before.{process}.jsonl"
+
     def _read(self, process: int) -> dict[int, dict]:
-        path = self._folder / f"blocks.{process}.jsonl"
-        if not path.exists():
-            return {}
-        found = {}
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # torn by a kill: the block counts as not written
+        return _lines(self._before(process)) | _lines(self._blocks(process))
+
+
+def _joined(lines: Iterable[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _lines(path: epath.Path) -> dict[int, dict]:
+    """{block number: its line}. A line torn by a kill, or damaged, is a block not written."""
+    found = {}
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            whole = isinstance(line["block"], int) and len(line["error"]) >= 3
+            whole = whole and len(line["written"]) == len(line["read"]) == 2
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        if whole:
             found[line["block"]] = line
+    return found
+
+
+def _header(path: epath.Path) -> dict:
+    """What the destination was begun as.
+
+    Raises:
+      UnfinishedError: damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        found = error
+    if isinstance(found, dict):
         return found
+    partial = path.parent.name.removesuffix(".journal") + ".partial"
+    raise UnfinishedError(
+        [
+            f"{path} is damaged ({found}): nobody can say what was begun. Remove {path.parent} and "
+            f"the {partial} beside it, and start again"
+        ]
+    )
 
 
 def _ends_with_newline(path: os.PathLike) -> bool:
@@ -182,7 +242,7 @@ def _ends_with_newline(path: os.PathLike) -> bool:
 def _write(path: epath.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
-    temporary.rename(path)
+    temporary.replace(path)
 
 
 def _wait(condition: Callable[[], bool], timeout_seconds: float, otherwise: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.file_kind import check_file
 
 _MAX_BYTES = 256 << 20  # the largest index known has some MB
 
@@ -16,6 +17,7 @@ def read_json(path: Path, why: str = "a Hugging Face directory must have it") ->
       ConversionError: no such file (and `why` it is needed), not JSON, or not an object.
     """
     try:
+        check_file(path)
         if path.stat().st_size > _MAX_BYTES:
             raise ConversionError([f"{path} has {path.stat().st_size} bytes: that is no JSON file"])
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -43,6 +43,7 @@ def open_meta(
     params = read_json(directory / PARAMS, "Meta's weights come with it")
     files = _files(directory)
     parts = [torch_file.read_tensors(path) for path in files]
+    _check_count(directory, parts, files)
     tensors = _joined(parts, files)
     source = _as_hf(directory / PARAMS, params, tensors, max_positions)
     config = config_from_hf(source)
@@ -69,6 +70,47 @@ def _files(directory: Path) -> list[Path]:
             [f"{directory} has {len(files)} consolidated files but not {missing[0]}: download it"]
         )
     return files
+
+
+def _check_count(directory: Path, parts: list[dict[str, StoredTensor]], files: list[Path]) -> None:
+    """As many parts as one part's share of a matrix says; no part twice.
+
+    Raises:
+      ConversionError: names the files.
+    """
+    query, norm = parts[0].get("layers.0.attention.wq.weight"), parts[0].get("norm.weight")
+    if query is None or norm is None or len(query.shape) != 2 or len(norm.shape) != 1:
+        return  # said of their shapes later
+    rows, whole = query.shape[0], norm.shape[0]
+    if rows and whole % rows == 0 and whole // rows != len(files):
+        count = whole // rows
+        wanted = [f"consolidated.{number:02d}.pth" for number in range(count)]
+        missing = [name for name in wanted if not (directory / name).is_file()]
+        fix = f"{', '.join(missing)} must be missing: download"
+        raise ConversionError(
+            [
+                f"{directory} has {len(files)} consolidated files, but {query.name} in "
+                f"{files[0].name} has {rows} of {whole} rows, which makes {count} files: "
+                + (fix if missing else "remove those of another model")
+            ]
+        )
+    for b in range(1, len(parts)):
+        for a in range(b):
+            if _same_parts(parts[a], parts[b]):
+                raise ConversionError(
+                    [
+                        f"{files[b].name} in {directory} is a copy of {files[a].name}: every "
+                        f"tensor is bit for bit the same. Download {files[b].name} again"
+                    ]
+                )
+
+
+def _same_parts(a: dict[str, StoredTensor], b: dict[str, StoredTensor]) -> bool:
+    split = [name for name in a if tables.META_SPLIT.get(name.split(".")[-2:][0]) is not None]
+    return bool(split) and all(
+        name in b and a[name].shape == b[name].shape and _same_bits(a[name], b[name])
+        for name in split
+    )
 
 
 def _joined(

@@ -124,6 +124,19 @@ def open_source(
         raise ConversionError([*error.problems, *lost_tensors(path)]) from error
 
 
+def check_max_positions(given: int | None, *sources: Source) -> None:
+    """Raises ConversionError if no source has a use for --max_positions."""
+    if given is None or any(source.format == "meta" for source in sources):
+        return
+    stated = "; ".join(f"{s.path} ({s.format}) states {s.config.max_positions}" for s in sources)
+    raise ConversionError(
+        [
+            f"--max_positions={given} is of Meta's weights, which do not say it; {stated}: leave "
+            "it out"
+        ]
+    )
+
+
 @dataclass(frozen=True)
 class TableSource:
     """A Source whose tensors lie in files, one for each layer, and are ours by a table of rules.

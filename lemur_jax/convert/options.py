@@ -50,6 +50,10 @@ class Options:
             problems.append(f"--to={self.to} is unknown; legal: {', '.join(FORMATS)}")
         if self.max_shard_bytes < 1:
             problems.append(f"max_shard_bytes={self.max_shard_bytes} must be positive")
+        for name in ("vocab_size", "max_positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"--{name}={value} must be positive; leave it out to keep what is")
         if not 0 <= self.process < self.processes:
             problems.append(
                 f"--process={self.process} must be from 0 to --processes={self.processes} less 1"

@@ -11,10 +11,12 @@ from pathlib import Path
 from lemur_jax.convert import grain
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.model import Source
-from lemur_jax.convert.stored import Region
+from lemur_jax.convert.stored import Region, Shape
 from lemur_jax.convert.targets import Leaf, Target
 
 USUAL_BLOCK_BYTES = 32 << 20  # a chunk of a checkpoint; large enough for any disk
+# A leaf is cut no finer, whatever the budget: a plan has a bounded number of blocks.
+LEAST_BLOCK_BYTES = 1 << 20
 # The interpreter with JAX, Orbax and TensorStore, headers, journal, chunks in flight: a constant,
 # so that the same flags make the same plan, and a killed conversion can go on.
 PROGRAM_BYTES = 512 << 20
@@ -90,6 +92,50 @@ def show_bytes(count: float) -> str:
     raise AssertionError
 
 
+@dataclass(frozen=True)
+class Part:
+    """A leaf that is to be cut: name, shape, bytes of an element, and where each side may."""
+
+    name: str
+    shape: Shape
+    width: int
+    a: grain.Grain
+    b: grain.Grain
+
+
+def block_shapes(
+    parts: Sequence[Part], max_ram: int, copies: int, usual: int = USUAL_BLOCK_BYTES
+) -> dict[str, Shape]:
+    """The shape of each leaf's blocks.
+
+    Args:
+      parts: the leaves.
+      max_ram: bytes of resident memory that the process may reach.
+      copies: of a block that are held at a time.
+      usual: bytes of a block where it can be cut cheaply.
+
+    Raises:
+      ConversionError: too little; names the least that would do.
+    """
+    budget = max_ram - PROGRAM_BYTES
+    most = max(budget // copies, LEAST_BLOCK_BYTES)
+    found, sizes = {}, {}
+    for part in parts:
+        shape = grain.block_shape(part.shape, part.width, part.a, part.b, usual, most)
+        found[part.name], sizes[part.name] = shape, math.prod(shape) * part.width
+    name = max(sizes, key=sizes.__getitem__)
+    if copies * sizes[name] > budget:
+        raise ConversionError(
+            [
+                f"--max_ram={show_bytes(max_ram)} is too little: {name} is not cut into parts of "
+                f"less than {show_bytes(sizes[name])}, of which {copies} are held beside "
+                f"{show_bytes(PROGRAM_BYTES)} of program; the least is "
+                f"{_up(PROGRAM_BYTES + copies * sizes[name])}"
+            ]
+        )
+    return found
+
+
 def make_plan(source: Source, leaves: Sequence[Leaf], target: Target, max_ram: int) -> Plan:
     """Cuts every leaf into blocks that fit the budget.
 
@@ -102,31 +148,28 @@ def make_plan(source: Source, leaves: Sequence[Leaf], target: Target, max_ram: i
     Raises:
       ConversionError: too little; names the least that would do.
     """
-    base = PROGRAM_BYTES
-    budget = max_ram - base
-    most = max(budget // COPIES, 1)
-    usual = min(USUAL_BLOCK_BYTES, max(budget // (WORKERS * COPIES), 1))
+    budget = max_ram - PROGRAM_BYTES
+    usual = min(USUAL_BLOCK_BYTES, max(budget // (WORKERS * COPIES), LEAST_BLOCK_BYTES))
+    parts = [
+        Part(
+            leaf.name,
+            leaf.shape,
+            max(source.dtype(leaf.name).itemsize, leaf.dtype.itemsize),
+            leaf.source,
+            target.grain(leaf.name),
+        )
+        for leaf in leaves
+    ]
+    shapes = block_shapes(parts, max_ram, COPIES, usual)
     blocks: list[Block] = []
     for leaf in leaves:
         width_in, width_out = source.dtype(leaf.name).itemsize, leaf.dtype.itemsize
-        width = max(width_in, width_out)
-        cut = target.grain(leaf.name)
-        shape = grain.block_shape(leaf.shape, width, leaf.source, cut, usual, most)
-        for region in grain.regions(leaf.shape, shape):
+        for region in grain.regions(leaf.shape, shapes[leaf.name]):
             count = math.prod(part.stop - part.start for part in region)
             blocks.append(
                 Block(len(blocks), leaf.name, region, count * width_in, count * width_out)
             )
     largest = max(blocks, key=lambda block: block.memory)
-    if largest.memory > budget:
-        least = base + largest.memory
-        raise ConversionError(
-            [
-                f"--max_ram={show_bytes(max_ram)} is too little: {largest.name} cannot be cut into "
-                f"parts of less than {show_bytes(largest.memory // COPIES)}, of which {COPIES} are "
-                f"held beside {show_bytes(base)} of program; the least is {_up(least)}"
-            ]
-        )
     return Plan(
         blocks=blocks,
         bytes_in=sum(block.bytes_in for block in blocks),
@@ -134,7 +177,7 @@ def make_plan(source: Source, leaves: Sequence[Leaf], target: Target, max_ram: i
         leaves=len(leaves),
         files_bytes=target.total_bytes,
         budget=budget,
-        peak=base + min(budget, max(largest.memory, WORKERS * _median(blocks))),
+        peak=PROGRAM_BYTES + min(budget, max(largest.memory, WORKERS * _median(blocks))),
         max_ram=max_ram,
     )
 

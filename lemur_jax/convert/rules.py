@@ -18,9 +18,11 @@ import einops
 import numpy as np
 
 from lemur_jax.config import ModelConfig
-from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.errors import ConversionError, first_few
 from lemur_jax.convert.stored import Region, Shape, whole
 from lemur_jax.sharding import padded_vocab
+
+_FEW_LAYERS = 1000  # that may be listed where all names are unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +205,15 @@ def check_complete(
       ConversionError: four kinds of problem, all of them at once: a tensor that no rule matches, a
         leaf that nothing fills, a leaf filled twice, a wrong shape (expected and found).
     """
+    sources = list(sources)
+    _check_layers(rules, config, [source.name for source in sources])
     rule_of = {name: rule for rule in rules for name in rule.source_names(config)}
     filled: dict[str, Found] = {}
-    problems = []
+    problems, unmatched, misshapen = [], [], []
     for source in sources:
         rule = rule_of.get(source.name)
         if rule is None:
-            problems.append(
+            unmatched.append(
                 f"unmatched tensor {source.name!r} {list(source.shape)} in {source.file}: no rule "
                 f"of the table takes it{_hint(source.name, config)}"
             )
@@ -223,14 +227,37 @@ def check_complete(
         filled[source.name] = source
         expected = rule.their_shape(config)
         if source.shape != expected:
-            problems.append(
+            misshapen.append(
                 f"wrong shape of {source.name!r} in {source.file}: expected {list(expected)} "
                 f"({rule.pattern.split('->')[0].strip()}), found {list(source.shape)}; the config "
                 "and the weights are of different models"
             )
+    problems += first_few(unmatched, "tensors") + first_few(misshapen, "tensors")
     problems += _unfilled(rules, config, leaves, filled)
     if problems:
         raise ConversionError(problems)
+
+
+def _check_layers(rules: Sequence[Rule], config: ModelConfig, names: Sequence[str]) -> None:
+    """Before anything is listed for each layer: a config may claim a million of them.
+
+    Raises:
+      ConversionError: the names have fewer layers than the config.
+    """
+    stacked = [re.escape(rule.theirs) for rule in rules if rule.stacked]
+    pattern = re.compile("|".join(text.replace(r"\{\}", r"(\d{1,9})") for text in stacked))
+    matches = [match for name in names if stacked and (match := pattern.fullmatch(name))]
+    found = {int(match[match.lastindex]) for match in matches}
+    if config.layers <= max(len(found), _FEW_LAYERS if not found else 0):
+        return
+    missing = next(layer for layer in range(config.layers) if layer not in found)
+    raise ConversionError(
+        [
+            f"the config says {config.layers} layers (num_hidden_layers; n_layers in Meta's "
+            f"params.json), the weights have {len(found)}: there is no layer {missing}. Correct "
+            "the config, or, if the download is incomplete, download the rest"
+        ]
+    )
 
 
 def _unfilled(rules, config, leaves, filled) -> list[str]:

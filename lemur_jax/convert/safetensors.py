@@ -18,6 +18,7 @@ import numpy as np
 
 from lemur_jax.convert.disk import PAGE
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.file_kind import check_file
 from lemur_jax.convert.json_file import json_text
 from lemur_jax.convert.stored import StoredTensor
 
@@ -62,6 +63,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
       ConversionError: truncated or damaged; names the file, what was expected and what is there.
     """
+    check_file(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(8)
@@ -77,7 +79,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_no_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # lists in lists in lists
         raise _damaged(path, f"its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, f"its header is a {type(header).__name__}, not an object")

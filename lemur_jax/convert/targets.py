@@ -19,7 +19,7 @@ from lemur_jax.convert import easylm, grain, msgpack_stream, safetensors, tables
 from lemur_jax.convert.disk import DiskFile
 from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.rules import Rule
-from lemur_jax.convert.stored import Region, Shape, StoredTensor
+from lemur_jax.convert.stored import Region, Shape, StoredTensor, contiguous
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Target(Protocol):
 
     def write(self, name: str, region: Region, array: np.ndarray) -> None:
         """Puts a contiguous block into its place."""
+        ...
+
+    def read(self, name: str, region: Region) -> np.ndarray | None:
+        """A block as it lies there, contiguous; None: it is not all there."""
         ...
 
     def sync(self) -> None:
@@ -123,6 +127,28 @@ class FilesTarget:
                 continue
             for at, layer in enumerate(range(region[0].start, region[0].stop)):
                 self._write_one(rule, rule.theirs.format(layer), region[1:], array[at])
+
+    def read(self, name: str, region: Region) -> np.ndarray | None:
+        """As Target."""
+        found = None
+        for rule in self._rules[name]:
+            before, found = found, self._read_all(rule, region)
+            if before is not None and before.tobytes() != found.tobytes():
+                return None  # a tied head that is not its table
+        return found
+
+    def _read_all(self, rule: Rule, region: Region) -> np.ndarray:
+        if not rule.stacked:
+            return contiguous(self._read_one(rule, rule.theirs, region))
+        layers = range(region[0].start, region[0].stop)
+        if len(layers) == 1:
+            return contiguous(self._read_one(rule, rule.theirs.format(layers[0]), region[1:]))[None]
+        names = [rule.theirs.format(layer) for layer in layers]
+        return np.stack([contiguous(self._read_one(rule, name, region[1:])) for name in names])
+
+    def _read_one(self, rule: Rule, theirs: str, region: Region) -> np.ndarray:
+        part = rule.part(region, self._config)
+        return part.to_ours(self._tensors[theirs].read(part.theirs))
 
     def sync(self) -> None:
         """As Target."""

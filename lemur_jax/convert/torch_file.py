@@ -13,10 +13,12 @@ from typing import Any
 
 from lemur_jax.convert import torch_pickle
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.file_kind import check_file
 from lemur_jax.convert.stored import StoredTensor
 from lemur_jax.convert.torch_pickle import View
 
 _LOCAL_HEADER = 30  # bytes; then the name and the extra field
+_ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 
@@ -27,11 +29,18 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
       ConversionError: damaged, compressed, or holds anything but tensors.
     """
+    check_file(path)
     if zipfile.is_zipfile(path):
         try:
             contents, starts = _zip(path)
         except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:
             raise _damaged(path, f"not a readable zip archive ({error})") from error
+    elif is_cut_zip(path):
+        raise _damaged(
+            path,
+            f"the zip archive is cut short at byte {path.stat().st_size}: its end, which "
+            "says where everything lies, is missing",
+        )
     else:
         contents, starts = _legacy(path)
     if not isinstance(contents, dict):
@@ -47,6 +56,12 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     if problems:
         raise ConversionError(problems[:8])
     return {name: _tensor(path, name, view, starts) for name, view in contents.items()}
+
+
+def is_cut_zip(path: Path) -> bool:
+    """Whether a file begins as a zip archive and does not end as one."""
+    with open(path, "rb") as file:
+        return file.read(4) == _ZIP_MAGIC and not zipfile.is_zipfile(path)
 
 
 def _tensor(path: Path, name: str, view: View, starts: dict[str, tuple[int, int]]) -> StoredTensor:
@@ -102,7 +117,7 @@ def _zip(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
             header = file.read(_LOCAL_HEADER)
             name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
             start = info.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
-            if header[:4] != b"PK\x03\x04" or start + info.file_size > size:
+            if header[:4] != _ZIP_MAGIC or start + info.file_size > size:
                 raise _damaged(path, f"{name!r} ends at {start + info.file_size} of {size} bytes")
             starts[key] = (start, info.file_size)
     return contents, starts

@@ -18,17 +18,20 @@ class CastError:
       absolute: largest |new - old|.
       relative: largest |new - old| / |old|, where old is not 0.
       changed: elements that are not what they were.
+      not_finite: elements that were NaN or infinite, and are.
     """
 
     absolute: float = 0.0
     relative: float = 0.0
     changed: int = 0
+    not_finite: int = 0
 
     def add(self, other: "CastError") -> None:
         """Takes in another part of the leaf."""
         self.absolute = max(self.absolute, other.absolute)
         self.relative = max(self.relative, other.relative)
         self.changed += other.changed
+        self.not_finite += other.not_finite
 
 
 def cast_block(
@@ -47,13 +50,13 @@ def cast_block(
         before = old[first : first + _PIECE].astype(np.float64)
         after = new[first : first + _PIECE].astype(np.float64)
         finite = np.isfinite(before)
-        lost = np.abs(
-            np.where(finite, after - before, 0.0), where=finite, out=np.zeros_like(before)
-        )
+        lost = np.abs(np.subtract(after, before, where=finite, out=np.zeros_like(before)))
         scale = np.abs(before)
         relative = np.divide(lost, scale, out=np.zeros_like(lost), where=finite & (scale > 0))
-        part = CastError(float(lost.max()), float(relative.max()), int(np.count_nonzero(lost)))
-        error.add(part)
+        odd = finite.size - int(np.count_nonzero(finite))
+        error.add(
+            CastError(float(lost.max()), float(relative.max()), int(np.count_nonzero(lost)), odd)
+        )
     return result, error
 
 

@@ -11,10 +11,10 @@ from lemur_jax.config import ModelConfig
 from lemur_jax.convert import grain
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import COMPUTATION
-from lemur_jax.convert.model import Source, open_source
-from lemur_jax.convert.plan import COPIES, PROGRAM_BYTES, USUAL_BLOCK_BYTES
+from lemur_jax.convert.model import Source, check_max_positions, open_source
+from lemur_jax.convert.plan import COPIES, Part, block_shapes
 from lemur_jax.convert.progress import progress
-from lemur_jax.convert.stored import Region, contiguous
+from lemur_jax.convert.stored import Region, Shape, contiguous
 from lemur_jax.convert.turn import vocabulary_axis
 
 _SHOWN = 12  # differing tensors that are named
@@ -75,13 +75,22 @@ def verify(
       CheckpointError: a checkpoint of ours is incomplete.
     """
     a, b = (open_source(p, dtype=dtype, max_positions=max_positions) for p in (a_path, b_path))
+    check_max_positions(max_positions, a, b)
     _check_configs(a, b)
-    budget = max_ram - PROGRAM_BYTES
+    widths = {name: max(a.dtype(name).itemsize, b.dtype(name).itemsize) for name in a.names}
+    blocks = block_shapes(
+        [
+            Part(name, _shape(a, name), widths[name], a.grain(name), b.grain(name))
+            for name in a.names
+        ],
+        max_ram,
+        2 * COPIES,
+    )
     found, total = [], 0
     in_all = sum(math.prod(_shape(a, name)) * a.dtype(name).itemsize for name in a.names)
     with progress(f"{a.path} = {b.path}?", in_all) as advance:
         for name in a.names:
-            difference = _compare(a, b, name, budget)
+            difference = _compare(a, b, name, blocks[name])
             nbytes = math.prod(_shape(a, name)) * a.dtype(name).itemsize
             total += nbytes
             advance(name, nbytes)
@@ -123,16 +132,9 @@ def _shape(source: Source, name: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _compare(a: Source, b: Source, name: str, budget: int) -> Difference | None:
-    shape = _shape(a, name)
-    width = max(a.dtype(name).itemsize, b.dtype(name).itemsize)
-    block = grain.block_shape(
-        shape, width, a.grain(name), b.grain(name), USUAL_BLOCK_BYTES, budget // (2 * COPIES)
-    )
-    if math.prod(block) * width * 2 * COPIES > budget:
-        raise ConversionError([f"max_ram is too little to compare {name}: give more"])
+def _compare(a: Source, b: Source, name: str, block: Shape) -> Difference | None:
     found: Difference | None = None
-    for region in grain.regions(shape, block):
+    for region in grain.regions(_shape(a, name), block):
         found = _block(a, b, name, region, found)
     return found
 

@@ -140,7 +140,8 @@ def resize(
     files = source.files()
     ids = _ids(files, tokens, source.config.vocab_size)
     needed = max([index + 1 for index in ids.values()], default=1)
-    rows = vocab_size or max(source.config.vocab_size, needed)
+    rows = max(source.config.vocab_size, needed) if vocab_size is None else vocab_size
+    _check_tokenizer(files, rows)
     if rows < needed:
         last = max(ids, key=ids.__getitem__)
         raise ConversionError(
@@ -153,6 +154,31 @@ def resize(
         if vocabulary_axis(name) is not None and rows > source.config.vocab_size
     }
     return Resized(source, config, fill, _with_tokens(files, ids))
+
+
+def _check_tokenizer(files: Mapping[str, bytes], rows: int) -> None:
+    tokenizer = _open_tokenizer(files)
+    if tokenizer is None or rows >= tokenizer.vocab_size:
+        return
+    last = tokenizer.vocab_size - 1
+    raise ConversionError(
+        [
+            f"--vocab_size={rows} is too small: token {tokenizer.piece(last)!r} of the tokenizer "
+            f"has the id {last}: give at least {last + 1}"
+        ]
+    )
+
+
+def lost_rows(source: Source, resized: Resized) -> str | None:
+    """What to say of rows that are cut; None if none are."""
+    before, after = source.config.vocab_size, resized.config.vocab_size
+    if after >= before:
+        return None
+    size = tokenizer_size(source.files())
+    why = "no tokenizer beside it says whether they are in use"
+    if size is not None:
+        why = f"the tokenizer has {size} ids, so none of them is in use"
+    return f"note: --vocab_size={after} cuts the last {before - after} of {before} rows; {why}"
 
 
 def _mean(source: Source, name: str) -> np.ndarray:

@@ -166,3 +166,13 @@ def test_what_cannot_be_added(tmp_path, tokenizer):
         convert(
             tmp_path / "hf", tmp_path / "o", Options(to="hf", add_tokens=("a",), new_rows="ones")
         )
+
+
+def test_fewer_rows_than_the_tokenizer_has_ids(tmp_path, tokenizer):
+    """Red when only --add_tokens looks at the tokenizer: `--vocab_size=200` cut rows in use."""
+    model(tmp_path / "hf", tokenizer, 320)
+    with pytest.raises(ConversionError, match=r"--vocab_size=299 is too small: token .* id 299"):
+        convert(tmp_path / "hf", tmp_path / "o", Options(to="hf", vocab_size=299))
+    said = []
+    convert(tmp_path / "hf", tmp_path / "o", Options(to="hf", vocab_size=300), say=said.append)
+    assert "cuts the last 20 of 320 rows; the tokenizer has 300 ids" in said[0]
