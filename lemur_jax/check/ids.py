@@ -145,6 +145,8 @@ def texts(evidence: Evidence, special: set[int]) -> Iterator[tuple[list[int], bo
     batch = evidence.batch
     for row, segments in zip(batch.inputs, batch.segment_ids):
         real = int((segments != 0).sum())
+        if not real:
+            continue  # ChatBuildConfig.rows_multiple adds empty rows
         marks = np.isin(row[:real], sorted(special))
         new = np.flatnonzero(segments[1:real] != segments[: real - 1]) + 1
         cuts = sorted({-1, real, *np.flatnonzero(marks).tolist(), *(int(at) - 0.5 for at in new)})

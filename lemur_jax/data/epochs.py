@@ -132,8 +132,21 @@ def longest_run(manifest: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def report_run(
-    manifest: Mapping[str, Any], run_tokens: float, report: Callable[[str], Any]
+    manifest: Mapping[str, Any], rows_used: Mapping[str, int], report: Callable[[str], Any]
 ) -> None:
-    """Reports `lines` of a run on a built data set: at the start of `lemur train`."""
-    for line in lines(of_data_set(manifest, run_tokens)):
+    """Reports `lines` of a run on a built data set: at the start of `lemur train`.
+
+    Args:
+      manifest: of the data set.
+      rows_used: {source: rows that the run reads of it}, by its order, changes of rates included.
+      report: takes a line.
+    """
+    length, total = manifest["sequence_length"], sum(rows_used.values())
+    accounts = tuple(
+        dataclasses.replace(
+            one, share=rows_used[one.name] / total, drawn=rows_used[one.name] * length
+        )
+        for one in of_data_set(manifest, 0.0)
+    )
+    for line in lines(accounts):
         report(line)

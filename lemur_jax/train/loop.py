@@ -93,7 +93,8 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     pipeline = Pipeline(config.data, record.exclusions(NO_STEP_YET))
     _check_vocabulary(config, pipeline)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
-    epochs.report_run(pipeline.manifest, config.steps * tokens_per_step, report)
+    used = pipeline.order.used(config.steps * config.data.batch_size)
+    epochs.report_run(pipeline.manifest, used, report)
 
     # ----- state -----------------------------------------------------------------------------
     transform = optimizer(config.optimizer)

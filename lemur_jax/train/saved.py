@@ -29,7 +29,7 @@ from lemur_jax.convert.adapted import ADAPTERS
 from lemur_jax.convert.load import load_model
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.tokenizer import Tokenizer
-from lemur_jax.model import param
+from lemur_jax.model import lora, param
 from lemur_jax.train.state import TrainState, abstract_state, random_state, state_from_model
 
 
@@ -161,6 +161,8 @@ def starting_state(
 
 def _describe_lora(state: TrainState, config: TrainConfig) -> str:
     trained, frozen = (param.size(x).parameters for x in (state.adapters, state.model))
+    replaced = lora.whole_leaves(config.lora, config.model)  # trained, so not frozen
+    frozen -= sum(getattr(state.model, name)[...].size for name in replaced)
     what = ", ".join(config.lora.targets)
     if config.lora.embeddings:
         what += ", and table and head whole"

@@ -1,5 +1,6 @@
 """Chat data: the mask is derived again from the ids, and what it says wrongly is caught."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -83,6 +84,15 @@ class Chat:
 
 def evidence(tokenizer, *args, **about):
     return collect(Chat(tokenizer, *args, **about), tokenizer, 2, 2)
+
+
+def test_an_empty_row_has_no_texts(tokenizer):
+    """Red if a row of padding alone, which rows_multiple adds, is compared with itself."""
+    sound = evidence(tokenizer)
+    segments = sound.batch.segment_ids.copy()
+    segments[0] = 0
+    batch = sound.batch._replace(segment_ids=segments)
+    assert ids.check_ids(dataclasses.replace(sound, batch=batch), 514).status == "passed"
 
 
 def test_a_sound_chat_passes(tokenizer, run_config):

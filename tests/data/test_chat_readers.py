@@ -223,6 +223,15 @@ def test_trees(tmp_path, layout, paths, expected):
     assert all(one.meta == {"lang": "en"} for one in found)
 
 
+def test_a_circle_of_messages_is_named(tmp_path):
+    """Red if only what no parent is found for is refused: of a circle every parent is there."""
+    circle = [message("a", "b", "assistant"), message("b", "a", "prompter")]
+    found, refused = read(write_lines(tmp_path / "a.jsonl", *circle), "oasst")
+    assert found == []
+    assert [place for place, _ in refused] == ["a.jsonl:1", "a.jsonl:2"]
+    assert all("circle" in reason for _, reason in refused)
+
+
 def test_deleted_and_orphaned_messages_are_named(tmp_path):
     """Red if a deleted message is dropped without `refuse`, or its replies become trees."""
     gone = message("a", "q", "assistant", deleted=True)

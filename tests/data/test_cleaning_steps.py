@@ -51,6 +51,15 @@ def test_licences(licences, unknown, expected):
     assert outcome(LicenceFilter(), other=1) == "no licence"
 
 
+def test_no_licence_is_counted_once():
+    """Red if what is removed, which the stage counts by its reason, is counted here as well."""
+    document, counts = Document("x", "p", "train", {}), Counter()
+    LicenceFilter(unknown="remove").start()(document, counts)
+    assert not counts
+    LicenceFilter(unknown="keep").start()(document, counts)
+    assert counts == {"no licence": 1}
+
+
 TEXTS = {
     "en": "The quick brown fox jumps over the lazy dog, and everyone who watches it is amazed.",
     "de": "Der schnelle braune Fuchs springt über den faulen Hund, und alle staunen darüber.",

@@ -91,11 +91,12 @@ def manifest(max_epochs):
 def test_too_many_epochs_are_warned_of():
     """Red if the warning compares drawn tokens with max_epochs, or the limit itself warns."""
     said = []
-    epochs.report_run(manifest(2.0), 2000, said.append)  # 1000 of each: 1 of a, 2 of b
+    epochs.report_run(manifest(2.0), {"a": 100, "b": 100}, said.append)
     assert said == ["epochs: a 1.00, b 2.00"]
     said.clear()
-    epochs.report_run(manifest(2.0), 2200, said.append)
+    epochs.report_run(manifest(2.0), {"a": 0, "b": 110}, said.append)  # a: rate 0 from the start
     assert len(said) == 2
+    assert said[0] == "epochs: a 0.00, b 2.20"
     assert "source b: 2.20 epochs, more than SourceConfig.max_epochs=2: lower" in said[1]
     assert epochs.longest_run(manifest(2.0)) == ("b", 2000)
     with pytest.raises(ConfigError, match=r"they differ: \['b'\]"):

@@ -71,7 +71,16 @@ def _trees(records: Iterable[tuple[str, Mapping[str, Any]]], refuse: Refuse) -> 
                 nodes[node["parent"]]["replies"].append(node)
             else:
                 refuse(node["place"], "its parent is not in the file, or was refused")
-    yield from (node for node in nodes.values() if node["parent"] is None)
+    roots = [node for node in nodes.values() if node["parent"] is None]
+    reached, todo = set(), [*roots, *(n for n in nodes.values() if n["parent"] not in nodes)]
+    while todo:
+        node = todo.pop()
+        reached.add(id(node))
+        todo += node["replies"]
+    for node in nodes.values():
+        if id(node) not in reached:
+            refuse(node["place"], "it answers itself: its parents form a circle")
+    yield from roots
 
 
 def _nested(place: str, record: Mapping[str, Any], refuse: Refuse) -> Node | None:

@@ -169,9 +169,10 @@ def _sharegpt(record: Mapping[str, Any]) -> Iterator[Message]:
 
 
 def _openorca(record: Mapping[str, Any]) -> Iterator[Message]:
-    system = _text(record, "system_prompt")
-    if system.strip():  # OpenOrca writes "" where there is none
-        yield Message("system", system)
+    if record.get("system_prompt"):  # OpenOrca writes "" where there is none
+        system = _text(record, "system_prompt")
+        if system.strip():
+            yield Message("system", system)
     yield Message("user", _text(record, "question"))
     yield Message("assistant", _text(record, "response"))
 

@@ -84,8 +84,10 @@ class LicenceFilter:
                 value = None
             found = value if isinstance(value, (list, tuple)) else [value] if value else []
             if not found:
+                if self.unknown != "keep":
+                    return Removal("no licence")
                 counts["no licence"] += 1
-                return document if self.unknown == "keep" else Removal("no licence")
+                return document
             other = [str(one) for one in found if str(one).lower() not in allowed]
             return Removal(f"licence {other[0]}") if other else document
 
