@@ -14,6 +14,8 @@ from lemur_jax.data.tokenizer import Tokenizer
 CHATML = ("<|im_start|>", "<|im_end|>")
 COMPAT = "lemur_compat"
 
+SEARCHED_TOKENS = 2**18  # of documents longer than rows
+
 
 class Rows(Protocol):
     """What of a Pipeline is asked."""
@@ -62,15 +64,15 @@ class Evidence:
 
 
 def collect(pipeline: Rows, tokenizer: Tokenizer, batch_size: int, rows: int) -> Evidence:
-    """The rows of the first steps, at least `rows` of them, and two or more documents somewhere
-    if that can be had within four times as many."""
-    parts, sources, documents, step = [], [], [], 0
-    while step == 0 or len(sources) < rows or (max(documents) < 2 and len(sources) < 4 * rows):
+    """The rows of the first steps, at least `rows` of them, and as many more as it takes until one
+    holds two documents, within SEARCHED_TOKENS."""
+    parts, sources, documents, step, read = [], [], [], 0, 0
+    while step == 0 or len(sources) < rows or (max(documents) < 2 and read < SEARCHED_TOKENS):
         parts.append(pipeline.rows(step, 0, batch_size))
         for source, _, paths in pipeline.provenance(step):
             sources.append(source)
             documents.append(len(paths))
-        step += 1
+        step, read = step + 1, read + parts[-1].inputs.size
     chat = pipeline.manifest.get("chat") or {}
     return Evidence(
         batch=Batch(*(np.concatenate(field) for field in zip(*parts))),

@@ -9,6 +9,7 @@ makes the result whole when all blocks are there; no weights go from one process
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import queue
@@ -122,7 +123,16 @@ def still_there(target: Target, plan: Plan, lines: Mapping[int, dict]) -> dict[i
     # Half of the budget: what malloc keeps of it stays when the conversion goes on.
     budget = max([plan.budget // 2, *(block.memory for block in blocks)])
     with contextlib.closing(_each(blocks, budget, work)) as results:
-        return {block.number: lines[block.number] for block, same in results if same}
+        same = {block.number: lines[block.number] for block, equal in results if equal}
+    _give_back_freed_memory()
+    return same
+
+
+def _give_back_freed_memory() -> None:
+    """glibc keeps what each thread has freed: beside what comes next it could pass the budget."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _each(
