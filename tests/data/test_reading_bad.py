@@ -31,7 +31,7 @@ def gz_truncated(tmp_path):
 
 
 def gz_flipped(tmp_path):
-    """Damage that gzip reports as zlib.error, which is no OSError."""
+    """Damage that zlib reports as zlib.error, which is no OSError."""
     data = bytearray(gzip.compress(LINES, mtime=0))
     data[12:40] = b"\xff" * 28
     return bytes(data)

@@ -12,7 +12,7 @@ from lemur_jax.data.reading.rows import Problem, Row, unreadable
 _CHUNK = 1 << 20
 # Damage shows where a code makes no sense or a checksum fails, which is later than where it is.
 _DOUBT = "the stream is damaged, and what it gave before may be wrong"
-DAMAGE = (OSError, EOFError, zlib.error)  # what a broken file raises; zlib.error is no OSError
+DAMAGE = (OSError, EOFError)  # what a broken file raises
 
 
 def read_jsonl(
