@@ -105,9 +105,7 @@ def _data_build(options: argparse.Namespace, bindings: list[str]) -> int:
         tasks.register_mixture(config.mixture, config.sources, config.tokenizer, config.seed)
         config = dataclasses.replace(config, sources=tasks.sources_of(config.mixture))
     manifest = build.build(config)
-    name, tokens = epochs.longest_run(manifest)
-    print(f"a run of {tokens:,.0f} tokens reads {name} SourceConfig.max_epochs times:")
-    epochs.show(epochs.of_data_set(manifest, tokens))
+    epochs.show_longest_run(manifest)
     return 0
 
 

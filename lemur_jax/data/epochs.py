@@ -131,6 +131,17 @@ def longest_run(manifest: Mapping[str, Any]) -> tuple[str, int]:
     return name, math.floor(reached[name])  # or rounding would warn of the limit itself
 
 
+def show_longest_run(manifest: Mapping[str, Any], console: Console | None = None) -> None:
+    """Prints the longest run without a warning, and the table of its epochs."""
+    name, tokens = longest_run(manifest)
+    most = manifest.get("max_epochs", {}).get(name, float("inf"))
+    print(
+        f"the longest run without a warning has {tokens:,} tokens and reads source {name!r} "
+        f"{most:g} times (its SourceConfig.max_epochs):"
+    )
+    show(of_data_set(manifest, tokens), console)
+
+
 def report_run(
     manifest: Mapping[str, Any], rows_used: Mapping[str, int], report: Callable[[str], Any]
 ) -> None:

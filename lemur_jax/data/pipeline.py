@@ -34,14 +34,15 @@ def read_manifest(path: str) -> dict:
     """Manifest of the data set at `path`. Raises ConfigError when there is none that we know."""
     fix = "give the directory that `lemur data build` wrote"
     try:
-        manifest = json.loads(location.read(path, "manifest.json") or b"")
+        stored = location.read(path, "manifest.json")
+        manifest = json.loads(stored or b"")
         version = manifest["format_version"]
         complete = "sources" in manifest and "tokenizer_fingerprint" in manifest
     except (OSError, ValueError, KeyError, TypeError) as error:
         if location.read(path, "journal/build.json") is not None:
             fix = "its build is unfinished; run the same `lemur data build` again"
         raise ConfigError(
-            [f"DataConfig.path={path!r} holds no data set ({type(error).__name__}): {fix}"]
+            [f"DataConfig.path={path!r} holds no data set ({_fault(error, stored)}): {fix}"]
         ) from error
     if version not in (1, FORMAT_VERSION) or not complete:
         raise ConfigError(
@@ -51,6 +52,17 @@ def read_manifest(path: str) -> dict:
             ]
         )
     return manifest
+
+
+def _fault(error: Exception, stored: bytes | None) -> str:
+    """What is wrong with a manifest.json that gave this error; None when there is none."""
+    if isinstance(error, OSError):
+        return f"its manifest.json cannot be read: {error}"
+    if stored is None:
+        return "its manifest.json is missing"
+    if isinstance(error, ValueError):
+        return f"its manifest.json is not JSON: {error}"
+    return "its manifest.json has no format_version"
 
 
 class Pipeline:

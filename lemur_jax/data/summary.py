@@ -30,16 +30,16 @@ def finish(
     for source in config.sources:
         splits = {}
         first = _bad_records(source, entries[source.name])
+        counts = {name: sum(e["counts"][name] for e in entries[source.name]) for name in COUNTS}
         for split in SPLITS:
             parts = [e["splits"][split] for e in entries[source.name] if split in e["splits"]]
             if not parts:
-                raise _empty(source, split)
+                raise _empty(source, split, counts, first)
             splits[split] = manifest.split_of(parts)
         store = RowStore(
             location.join(config.path, source.name, "validation"), splits["validation"]["parts"]
         )
         splits["validation"]["unigram_entropy"] = _entropy(_target_counts(store, tokenizer))
-        counts = {name: sum(e["counts"][name] for e in entries[source.name]) for name in COUNTS}
         sources[source.name] = {
             "rate": source.rate,
             "splits": splits,
@@ -62,17 +62,29 @@ def _bad_records(source: SourceConfig, entries: list[dict]) -> list[str]:
     return total.first
 
 
-def _empty(source: SourceConfig, split: str) -> ConfigError:
+def _empty(
+    source: SourceConfig, split: str, counts: Mapping[str, int], first: list[str]
+) -> ConfigError:
+    """The error of a source without documents, and what became of its records."""
     what = (
         f"task={source.task!r} gives" if source.task else f"train_files={source.train_files!r} give"
     )
+    left = _left_out(counts)
+    left = f" (of this source: {left})" if left else ""
+    mend = "mend what is named below, " if first else ""
     return ConfigError(
         [
             f"SourceConfig({source.name!r}).{what} no document for split {split!r}: the corpus is "
-            "empty or the split is; add documents, or change validation_fraction, "
-            "validation_files or split_key"
+            f"empty or the split is{left}; {mend}add documents, or change validation_fraction, "
+            "validation_files or split_key",
+            *first,
         ]
     )
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    """What was left out or changed, in words; "" when nothing was."""
+    return ", ".join(f"{what} {n:,}" for what, n in counts.items() if n)
 
 
 def _target_counts(store: RowStore, tokenizer: Tokenizer) -> np.ndarray:
@@ -100,9 +112,8 @@ def report(result: Mapping, console: Console) -> None:
                 f"packing fill {counts['fill']:.2%}",
                 soft_wrap=True,
             )
-        if left := {what: n for what, n in source["counts"].items() if n}:
-            said = ", ".join(f"{what} {n:,}" for what, n in left.items())
-            console.print(f"      {name}: {said}", soft_wrap=True)
+        if left := _left_out(source["counts"]):
+            console.print(f"      {name}: {left}", soft_wrap=True)
         for message in source["bad_records"]:
             console.print(f"      {name}: {message}", soft_wrap=True, markup=False)
         if source["splits"]["train"]["fill"] < FILL:

@@ -175,10 +175,18 @@ def test_texts_of_files(tmp_path):
         list(texts_of_files(["nowhere.txt"]))
 
 
+@pytest.mark.parametrize(("name", "suggested"), [("bad/x.jsonl", False), ("c/code.jsonl", True)])
+def test_a_corpus_is_suggested_for_its_own_files(name, suggested):
+    """Red if `lemur data corpus` is named for a file that it never writes, or not for its own."""
+    with pytest.raises(ConfigError, match="matches no file: check the path") as error:
+        list(documents(source((name,))))
+    assert ("lemur data corpus" in str(error.value)) == suggested
+
+
 BAD_FILES = {
     "missing": (None, ["SourceConfig('code').train_files", "matches no file", "check the path"]),
     "empty": (b"", ["no document for split 'train'", "corpus is empty", "add documents"]),
-    "blank": (b'{"text": ""}\n', ["corpus is empty"]),
+    "blank": (b'{"text": ""}\n' * 2, ["corpus is empty", "empty 2"]),
     "binary": (b'{"text": "\xff\xfe"}\n', ["is not text", "line 1", "0xff", "convert the file"]),
     "nul": (b'{"text": "a"}\n\0\n', ["is not text", "line 2 has a NUL"]),
     "escaped nul": (b'{"text": "a\\u0000"}\n', ["line 1", "NUL or a lone surrogate"]),

@@ -373,3 +373,13 @@ def test_windows_do_not_change_what_is_stored(root, tokenizer, talks):
     chat_build.build(config(root, talks, "windows", window=7), quiet())
     one, many = stored(root, "data", "train"), stored(root, "windows", "train")
     assert one == many
+
+
+def test_what_was_refused_is_said_before_an_empty_split(root, tokenizer, tmp_path):
+    """Red if a build without conversations ends before `show_left_out`."""
+    (tmp_path / "x.jsonl").write_text('{"messages": 5}\n{"messages": []}\n')
+    console = Console(file=io.StringIO(), width=200)
+    with pytest.raises(ConfigError, match="no conversation for split 'train'"):
+        chat_build.build(config(root, tmp_path / "x.jsonl", "none", bad_records="count"), console)
+    said = console.file.getvalue()
+    assert said.count("refused, talks: 1 x") == 2 and "x.jsonl:1" in said

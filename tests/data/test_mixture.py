@@ -103,6 +103,14 @@ def test_too_many_epochs_are_warned_of():
         epochs.account({"a": 1}, {"a": 1.0, "b": 1.0}, 10)
 
 
+def test_the_longest_run_is_said_in_words(capsys):
+    """Red if the line loses the number of times, or the source it is about."""
+    epochs.show_longest_run(manifest(2.0))
+    printed = capsys.readouterr()
+    assert "run without a warning has 2,000 tokens and reads source 'b' 2 times" in printed.out
+    assert "epochs per source" in printed.err
+
+
 def test_the_table_is_printed(capsys):
     """Red if a source or its mark is missing."""
     from rich.console import Console

@@ -222,7 +222,13 @@ def test_not_a_data_set(copy, tmp_path):
     """Red if a missing or foreign manifest surfaces as KeyError or FileNotFoundError."""
     with pytest.raises(ConfigError, match=r"DataConfig.path=.*holds no data set.*lemur data build"):
         open_with(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"\(its manifest.json is missing\)"):
+        open_with(str(tmp_path))
     manifest = json.loads((copy / "manifest.json").read_text())
+    for content, fault in (("{", "is not JSON: "), ("{}", "has no format_version")):
+        (copy / "manifest.json").write_text(content)
+        with pytest.raises(ConfigError, match=rf"\(its manifest.json {fault}.*lemur data build"):
+            open_with(str(copy))
     (copy / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
     with pytest.raises(ConfigError, match=r"format_version=99.*version 1 or 2: .*build it again"):
         open_with(str(copy))

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data.build import BuildConfig, build
 from lemur_jax.data.reading.records import ReadReport
 from lemur_jax.data.sources import SourceConfig, documents
 
@@ -30,7 +31,7 @@ def gz_truncated(tmp_path):
 
 
 def gz_flipped(tmp_path):
-    """Damage that gzip reports as zlib.error, which is no OSError."""
+    """Damage that zlib reports as zlib.error, which is no OSError."""
     data = bytearray(gzip.compress(LINES, mtime=0))
     data[12:40] = b"\xff" * 28
     return bytes(data)
@@ -106,9 +107,9 @@ def array_record_broken(tmp_path):
 
 BAD = {
     "gz truncated": ("x.jsonl.gz", gz_truncated, ["cannot be read after line", "replace"]),
-    "gz flipped": ("x.jsonl.gz", gz_flipped, ["cannot be read", "replace"]),
+    "gz flipped": ("x.jsonl.gz", gz_flipped, ["cannot be read", "may be wrong", "replace"]),
     "zst truncated": ("x.jsonl.zst", zst_truncated, ["cannot be read", "truncated", "replace"]),
-    "zst flipped": ("x.jsonl.zst", zst_flipped, ["cannot be read", "zstd", "replace"]),
+    "zst flipped": ("x.jsonl.zst", zst_flipped, ["cannot be read", "zstd", "may be wrong"]),
     "zst empty": ("x.jsonl.zst", zst_begun, ["cannot be read", "truncated"]),
     "not zst": ("x.jsonl.zst", not_zst, ["cannot be read", "zstd"]),
     "parquet truncated": ("x.parquet", parquet_truncated, ["cannot be read", "replace"]),
@@ -154,6 +155,57 @@ def test_bad_files_are_counted(kind, tmp_path, capsys):
         assert len(found) == 200 and "what follows in the file is lost" in report.first[0]
     list(documents(source(tmp_path / name, bad_records="count")))
     assert f"{report.bad} bad records" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["not zst", "parquet truncated", "arrow empty", "array_record"])
+def test_a_build_of_damage_alone_names_it(kind, tmp_path, tokenizer, quiet):
+    """Red if the error of a source without documents drops the counts, or `first` of `_empty`."""
+    name, make, words = BAD[kind]
+    (tmp_path / name).write_bytes(make(tmp_path))
+    config = BuildConfig(
+        path=str(tmp_path / "data"),
+        tokenizer=str(tokenizer.directory),
+        sources=(source(tmp_path / name, bad_records="count"),),
+        sequence_length=32,
+    )
+    with pytest.raises(ConfigError) as error:
+        build(config, quiet)
+    assert all(w in str(error.value) for w in ["give no document", "bad 1", *words, f"{name}'"])
+
+
+def test_damage_is_named_before_bad_lines(tmp_path):
+    """Red if `_name_some` keeps the order of reading: five bad lines then hide a lost rest."""
+    noise = gzip.compress(b"no JSON\n" * 9 + LINES, mtime=0)
+    (tmp_path / "x.jsonl.gz").write_bytes(noise[:-200])
+    report = ReadReport()
+    list(documents(source(tmp_path / "x.jsonl.gz", bad_records="count"), report=report))
+    assert report.bad >= 10 and len(report.first) == 5
+    assert "cannot be read after line" in report.first[0] and "truncated" in report.first[0]
+    assert report.first[0].endswith("what follows in the file is lost, and in no count")
+    assert "line 1 is not JSON" in report.first[1]
+    other = ReadReport(bad=5, first=[f"line {n}" for n in range(5)])
+    other.add(report)
+    assert other.first[0] == report.first[0] and other.first[1] == "line 0"
+
+
+def test_one_damaged_record_of_array_record(tmp_path, monkeypatch):
+    """Red if one flipped byte loses the records before it, or those after it."""
+    module = pytest.importorskip("array_record.python.array_record_module")
+    path = tmp_path / "x.array_record"
+    writer = module.ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    texts = [f"{n:03d} " * 100 for n in range(100)]
+    for text in texts:
+        writer.write(json.dumps({"text": text}).encode())
+    writer.close()
+    data = bytearray(path.read_bytes())
+    data[data.index(b"041 041")] ^= 1
+    path.write_bytes(data)
+    report = ReadReport()
+    found = list(documents(source(path, bad_records="count"), report=report))
+    assert [d.text for d in found] == texts[:41] + texts[42:]
+    assert report.bad == 1 and "cannot be read at record 42 (" in report.first[0]
+    with pytest.raises(ConfigError, match=r"cannot be read at record 42 .*replace"):
+        list(documents(source(path)))
 
 
 def test_bad_records_are_counted_up_to_a_limit(tmp_path, capsys):

@@ -65,6 +65,9 @@ def build(config: ChatBuildConfig, console: Console | None = None) -> dict:
             rows = SplitWriter(config, chat_format, tokenizer, end_id, temporary / SOURCE / split)
             splits[split] = rows.write(chosen, refused, split)
         refused.check(config)
+        steps = [dataclasses.asdict(step) for step in removed]
+        if not all(counts["documents"] for counts in splits.values()):  # before the error says so
+            report.show_left_out(refused.counts, refused.first, steps, console)
         _check_splits(config, splits)
         tokenizer.save(temporary / "tokenizer")
         write_format(temporary / "tokenizer", chat_format)
@@ -73,7 +76,7 @@ def build(config: ChatBuildConfig, console: Console | None = None) -> dict:
             "packing": config.packing,
             "read": dict(read),
             "refused": {name: dict(reasons) for name, reasons in refused.counts.items()},
-            "removed": [dataclasses.asdict(step) for step in removed],
+            "removed": steps,
             "left": dict(collections.Counter(c.source for c in conversations)),
             "splits": {split: counts.pop("chat") for split, counts in splits.items()},
         }

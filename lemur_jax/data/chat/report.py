@@ -21,19 +21,7 @@ def show(
             f"{chat['left'].get(name, 0):,}",
         )
     console.print(table)
-    for name, reasons in chat["refused"].items():
-        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-            console.print(f"refused, {name}: {count:,} x {reason}", soft_wrap=True, markup=False)
-    for place in first_refused:
-        console.print(f"  {place}", soft_wrap=True, markup=False)
-    for step in chat["removed"]:
-        named = f", for example {', '.join(step['first'][:3])}" if step["first"] else ""
-        console.print(
-            f"cleaning, {step['step']}: {step['conversations']:,} of {step['seen']:,} removed, "
-            f"{step['bytes']:,} bytes{named}",
-            soft_wrap=True,
-            markup=False,
-        )
+    show_left_out(chat["refused"], first_refused, chat["removed"], console)
     table = Table("split", "conversations", "tokens", "learnt", "rows", "fill", title="rows")
     for split, counts in chat["splits"].items():
         empty = f" + {counts['empty_rows']} empty" if counts["empty_rows"] else ""
@@ -60,3 +48,25 @@ def show(
         soft_wrap=True,
     )
     console.print(f"data set {path} built in {seconds:.1f} s", soft_wrap=True)
+
+
+def show_left_out(
+    refused: Mapping[str, Mapping[str, int]],
+    first_refused: Sequence[str],
+    removed: Sequence[Mapping],
+    console: Console,
+) -> None:
+    """Lines of what was refused, by source and reason, and of what each cleaning step removed."""
+    for name, reasons in refused.items():
+        for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
+            console.print(f"refused, {name}: {count:,} x {reason}", soft_wrap=True, markup=False)
+    for place in first_refused:
+        console.print(f"  {place}", soft_wrap=True, markup=False)
+    for step in removed:
+        named = f", for example {', '.join(step['first'][:3])}" if step["first"] else ""
+        console.print(
+            f"cleaning, {step['step']}: {step['conversations']:,} of {step['seen']:,} removed, "
+            f"{step['bytes']:,} bytes{named}",
+            soft_wrap=True,
+            markup=False,
+        )

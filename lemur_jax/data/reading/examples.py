@@ -61,16 +61,32 @@ def read_array_record(
                     raise OSError("it is not an ArrayRecord file")
                 stop = units[1] if units else reader.num_records()
                 while number < stop:
-                    batch = reader.read(number, min(number + _RECORDS_PER_READ, stop))
-                    for data in batch:
+                    last = min(number + _RECORDS_PER_READ, stop)
+                    for data in _read_each(reader, number, last):
                         number += 1
-                        if data[:1] == b"{":  # no Example begins so: its first byte is 0x0a
+                        if isinstance(data, Exception):
+                            yield _unreadable_record(data, number)
+                        elif data[:1] == b"{":  # no Example begins so: its first byte is 0x0a
                             yield _json(data, number)
                         else:
                             tf = tf or _tensorflow()
                             yield _example(tf, data, number)
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             yield unreadable(error, f"record {number}" if number else "")
+
+
+def _read_each(reader: Any, first: int, last: int) -> list[bytes | Exception]:
+    """Records [first, last); where one cannot be read, its error: an index leads to those after."""
+    try:
+        return list(reader.read(first, last))
+    except RuntimeError as error:  # of all of them, whichever is damaged
+        if last - first == 1:
+            return [error]
+    return [_read_each(reader, number, number + 1)[0] for number in range(first, last)]
+
+
+def _unreadable_record(error: Exception, number: int) -> Problem:
+    return Problem(f"cannot be read at record {number} ({error}): replace the file or remove it")
 
 
 def tfds_slices(spec: str, field: str, bytes_per_shard: int) -> list[tuple[int, int, int]]:

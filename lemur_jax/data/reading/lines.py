@@ -10,7 +10,9 @@ from lemur_jax.data.reading import storage
 from lemur_jax.data.reading.rows import Problem, Row, unreadable
 
 _CHUNK = 1 << 20
-DAMAGE = (OSError, EOFError, zlib.error)  # what a broken file raises; zlib.error is no OSError
+# Damage shows where a code makes no sense or a checksum fails, which is later than where it is.
+_DOUBT = "the stream is damaged, and what it gave before may be wrong"
+DAMAGE = (OSError, EOFError)  # what a broken file raises
 
 
 def read_jsonl(
@@ -125,7 +127,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _chunks(path: str, field: str) -> Iterator[bytes]:
     with storage.open_binary(path, field) as file:
         if path.endswith(".gz"):
-            yield from _frames(file, lambda: zlib.decompressobj(wbits=31))
+            yield from _gzip(file)
         elif path.endswith(".zst"):
             yield from _zstd(file, zstandard_for(path, field))
         else:
@@ -144,18 +146,25 @@ def zstandard_for(path: str, field: str) -> Any:
         ) from error
 
 
+def _gzip(file: BinaryIO) -> Iterator[bytes]:
+    try:
+        yield from _frames(file, lambda: zlib.decompressobj(wbits=31))
+    except zlib.error as error:
+        raise OSError(f"gzip: {error}; {_DOUBT}") from error
+
+
 def _zstd(file: BinaryIO, zstandard: Any) -> Iterator[bytes]:
     try:
         yield from _frames(file, lambda: zstandard.ZstdDecompressor().decompressobj())
     except zstandard.ZstdError as error:
-        raise OSError(f"zstd: {error}") from error
+        raise OSError(f"zstd: {error}; {_DOUBT}") from error
 
 
 def _frames(file: BinaryIO, new_frame: Callable[[], Any]) -> Iterator[bytes]:
     """Decompressed chunks of all frames (gzip: members) of a file.
 
     zstandard's stream_reader takes a truncated file for a complete one, and gzip's read loses what
-    came before the damage; here every byte before it comes, and then an error.
+    came before the damage; here what came before the chunk that fails is given, then an error.
     """
     frame = None
     for chunk in iter(lambda: file.read(_CHUNK // 8), b""):

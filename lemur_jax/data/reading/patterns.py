@@ -93,10 +93,9 @@ def _files(pattern: str, field: str, format: str | None, problems: list[str]) ->
             )
             nothing = False
     if not names and nothing:
-        problems.append(
-            f"{field}={pattern!r} matches no file: check the path, or write the corpus there "
-            "first (`lemur data corpus`)"
-        )
+        of_corpus = posixpath.basename(pattern) in ("code.jsonl", "text.jsonl")
+        corpus = ", or write the corpus there first (`lemur data corpus`)" if of_corpus else ""
+        problems.append(f"{field}={pattern!r} matches no file: check the path{corpus}")
     return names
 
 

@@ -11,6 +11,7 @@ from lemur_jax.data.reading.rows import Problem, Row
 from lemur_jax.data.reading.where import Clause, FieldError, look_up
 
 _FIRST = 5  # bad records that are named
+_LOST = "; what follows in the file is lost, and in no count"
 
 
 @dataclasses.dataclass
@@ -21,7 +22,7 @@ class ReadReport:
       documents: that were yielded.
       filtered: records that SourceConfig.where left out.
       bad: records that cannot be documents, counted with bad_records="count".
-      first: messages of the first bad ones.
+      first: messages of the first bad ones; those of files whose rest is lost come before others.
     """
 
     documents: int = 0
@@ -34,12 +35,12 @@ class ReadReport:
         self.documents += other.documents
         self.filtered += other.filtered
         self.bad += other.bad
-        self.first = (self.first + other.first)[:_FIRST]
+        self.first = _name_some(self.first + other.first)
 
     def count_bad(self, message: str, limit: int | None) -> None:
         """Counts one bad record; raises ConfigError when there are more than `limit`."""
         self.bad += 1
-        self.first = [*self.first, message][:_FIRST]
+        self.first = _name_some([*self.first, message])
         self.check(limit)
 
     def check(self, limit: int | None) -> None:
@@ -63,6 +64,11 @@ class ReadReport:
                 sep="\n  ",
                 file=sys.stderr,
             )
+
+
+def _name_some(messages: list[str]) -> list[str]:
+    """The first few; a stream that is damaged may give many bad lines before its end is noticed."""
+    return sorted(messages, key=lambda message: not message.endswith(_LOST))[:_FIRST]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ def documents(
             report.documents += 1
             yield found
         else:
-            lost = "; what follows in the file is lost" if found.ends_file else ""
+            lost = _LOST if found.ends_file else ""
             message = f"{field}={path!r} {found.what}"
             if rules.raise_bad:
                 raise ConfigError([message])
