@@ -13,7 +13,7 @@ from lemur_jax.check.isolation import check_isolation
 from lemur_jax.check.masks import check_masks
 from lemur_jax.check.stop import check_stop
 from lemur_jax.check.subject import Subject, subject
-from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.config import TrainConfig
 from lemur_jax.data.pipeline import Pipeline
 from lemur_jax.data.tokenizer import Tokenizer
 
@@ -41,14 +41,7 @@ def check(
       ConfigError: the run cannot start at all.
     """
     pipeline = Pipeline(config.data)
-    if pipeline.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            [
-                f"ModelConfig.vocab_size={config.model.vocab_size} is smaller than the "
-                f"{pipeline.vocab_size} tokens of the data set {config.data.path}: set it to at "
-                f"least {pipeline.vocab_size}"
-            ]
-        )
+    pipeline.check_vocabulary(config.model.vocab_size)
     found = certify(pipeline, config, operative_config, layers=layers, rows=rows, say=say)
     path = found.write(config.run_dir)
     say(f"{found.verdict()}; {path}")

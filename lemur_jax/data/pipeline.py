@@ -177,6 +177,17 @@ class Pipeline:
                 ]
             )
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ConfigError when a model with `vocab_size` tokens lacks some of the data's."""
+        if self.vocab_size > vocab_size:
+            raise ConfigError(
+                [
+                    f"ModelConfig.vocab_size={vocab_size} is smaller than the {self.vocab_size} "
+                    f"tokens of the data set {self.config.path}: set it to at least "
+                    f"{self.vocab_size}"
+                ]
+            )
+
     def batch(self, step: int) -> Batch:
         """The global batch of `step`: B rows."""
         return self.rows(step, 0, self.config.batch_size)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from lemur_jax import checkpoint, sharding
-from lemur_jax.config import ConfigError, TrainConfig
+from lemur_jax.config import TrainConfig
 from lemur_jax.data import epochs
 from lemur_jax.data.pipeline import Batch, Pipeline
 from lemur_jax.errors import LemurError
@@ -91,7 +91,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
     for problem in record.problems:
         report(f"WARNING: data ledger: {problem}; see `lemur data audit {run_dir}`")
     pipeline = Pipeline(config.data, record.exclusions(NO_STEP_YET))
-    _check_vocabulary(config, pipeline)
+    pipeline.check_vocabulary(config.model.vocab_size)
     tokens_per_step = config.data.batch_size * config.data.sequence_length
     used = pipeline.order.used(config.steps * config.data.batch_size)
     epochs.report_run(pipeline.manifest, used, report)
@@ -240,17 +240,6 @@ def evaluate(
         nll, _, tokens = (sum(column) for column in zip(*jax.device_get(sums)))
         losses[source] = float(nll / tokens)
     return losses
-
-
-def _check_vocabulary(config: TrainConfig, pipeline: Pipeline) -> None:
-    if pipeline.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            [
-                f"ModelConfig.vocab_size={config.model.vocab_size} is smaller than the "
-                f"{pipeline.vocab_size} tokens of the data set {config.data.path}: set it to at "
-                f"least {pipeline.vocab_size}"
-            ]
-        )
 
 
 def _beside_unigram(held_out: dict[str, float], pipeline: Pipeline) -> str:

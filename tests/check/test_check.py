@@ -7,7 +7,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import Changed, make_config
+from check_runs import Changed, make_config
 
 from lemur_jax import checkpoint
 from lemur_jax.check import accumulation, certificate, ids, isolation, masks, stop

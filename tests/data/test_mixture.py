@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from table_8 import TABLE
 
 from lemur_jax import settings
 from lemur_jax.config import ConfigError
@@ -10,25 +11,7 @@ from lemur_jax.data import epochs
 from lemur_jax.data.build import BuildConfig
 from lemur_jax.data.sources import SourceConfig, documents, shards
 
-# arXiv:2310.06830, Table 8: weight %, and implied unique tokens (B) = effective tokens / epochs.
-TABLE = {
-    "python": 72.73,
-    "sql": 5.15,
-    "java": 1.82,
-    "shell": 1.82,
-    "notebook": 1.71,
-    "javascript": 1.69,
-    "c": 1.61,
-    "php": 1.33,
-    "cpp": 1.21,
-    "others": 1.73,
-    "refinedweb": 6.82,
-    "wikipedia": 0.64,
-    "books": 0.41,
-    "arxiv": 0.41,
-    "stackexchange": 0.41,
-    "dm_mathematics": 0.41,
-}
+# Implied unique tokens (B) of Table 8 = effective tokens / epochs.
 UNIQUE = {"python": 21.97, "sql": 6.71, "shell": 1.30, "notebook": 1.88, "java": 27.3}
 EPOCHS = {"python": 2.98, "sql": 0.69, "shell": 1.26, "notebook": 0.82, "java": 0.06}
 

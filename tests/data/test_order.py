@@ -8,6 +8,7 @@ import grain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from table_8 import TABLE
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data.order import Order, Place
@@ -98,42 +99,21 @@ def test_bad_orders(rows, rates, words):
     assert words in str(error.value)
 
 
-# Lemur's mixture (arXiv:2310.06830, table 8), percent.
-TABLE_8 = {
-    "python": 72.73,
-    "sql": 5.15,
-    "java": 1.82,
-    "shell": 1.82,
-    "notebook": 1.71,
-    "javascript": 1.69,
-    "c": 1.61,
-    "php": 1.33,
-    "cpp": 1.21,
-    "others": 1.73,
-    "refinedweb": 6.82,
-    "wikipedia": 0.64,
-    "books": 0.41,
-    "arxiv": 0.41,
-    "stackexchange": 0.41,
-    "dm_mathematics": 0.41,
-}
-
-
 def test_table_8_of_lemur_at_its_real_size():
     """Red if rates are rounded (grain's mix rounds them to a hundredth of the least), or a seek
     walks: 21,458 steps of 1,024 rows of 4,096 tokens are 90B."""
     started = time.perf_counter()
-    rows = {name: int(22e6 * rate / 100) for name, rate in TABLE_8.items()}
-    order = Order(0, rows, TABLE_8)
+    rows = {name: int(22e6 * rate / 100) for name, rate in TABLE.items()}
+    order = Order(0, rows, TABLE)
     last = 21_457 * 1024
     assert len({order[last + row] for row in range(1024)}) == 1024
     assert time.perf_counter() - started < 1.0  # 20 ms measured; the last step of the run
-    used, total = order.used(last), sum(TABLE_8.values())
+    used, total = order.used(last), sum(TABLE.values())
     assert sum(used.values()) == last
-    for name, rate in TABLE_8.items():
-        assert abs(used[name] - last * rate / total) < len(TABLE_8)
+    for name, rate in TABLE.items():
+        assert abs(used[name] - last * rate / total) < len(TABLE)
     # A few of everything: 9,990 rows are exactly the table's hundredths.
-    assert order.used(9990) == {name: round(rate * 100) for name, rate in sorted(TABLE_8.items())}
+    assert order.used(9990) == {name: round(rate * 100) for name, rate in sorted(TABLE.items())}
 
 
 def test_interleaving_and_shuffle_are_grains():

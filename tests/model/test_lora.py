@@ -7,28 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from jax.ad_checkpoint import checkpoint_name
 
-from lemur_jax.config import LORA_TARGETS, ConfigError, LoraConfig, ModelConfig, RopeConfig
+from lemur_jax.config import LORA_TARGETS, ConfigError, LoraConfig
 from lemur_jax.model import lora, param
 from lemur_jax.model.block import Block, dense
 from lemur_jax.model.decoder import Decoder
 
-MODEL = ModelConfig(
-    vocab_size=101,
-    embed=32,
-    mlp=64,
-    layers=2,
-    heads=8,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-    attention="reference",
-    attention_bias=True,
-)
+MODEL = dataclasses.replace(small_models.MODEL, attention="reference", attention_bias=True)
 LORA = LoraConfig(rank=4, alpha=8.0)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_models import RUN_MODEL as MODEL
 
 from lemur_jax import checkpoint
 from lemur_jax.checkpoint import CheckpointError
@@ -22,29 +23,13 @@ from lemur_jax.config import (
     EvaluationConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    RopeConfig,
     TrainConfig,
 )
 from lemur_jax.data import ledger
 from lemur_jax.data.audit import audit
 from lemur_jax.data.exclude import exclude
 from lemur_jax.train import loop, metrics
-
-MODEL = ModelConfig(
-    vocab_size=512,
-    embed=32,
-    mlp=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-)
 
 
 def config(run_dir: Path, data: Path, **changes) -> TrainConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from small_models import RUN_MODEL as MODEL
 
 from lemur_jax import checkpoint
 from lemur_jax.cli import main
@@ -18,28 +19,13 @@ from lemur_jax.config import (
     LoraConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    RopeConfig,
     TrainConfig,
 )
 from lemur_jax.convert.load import load_model
 from lemur_jax.model import param
 from lemur_jax.train import loop
 
-MODEL = ModelConfig(
-    vocab_size=512,
-    embed=32,
-    mlp=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-)
 LORA = LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj"), embeddings=True)
 
 

@@ -5,15 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from small_models import MODEL
 
 from lemur_jax import sharding
 from lemur_jax.config import (
     LoraConfig,
     LossConfig,
     MeshConfig,
-    ModelConfig,
     OptimizerConfig,
-    RopeConfig,
 )
 from lemur_jax.data.pipeline import Batch
 from lemur_jax.model import param
@@ -22,20 +21,6 @@ from lemur_jax.train.optimizer import optimizer, schedule
 from lemur_jax.train.state import abstract_state, state_from_model
 from lemur_jax.train.step import make_step
 
-MODEL = ModelConfig(
-    vocab_size=101,
-    embed=32,
-    mlp=64,
-    layers=2,
-    heads=8,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-    attention="chunked",
-)
 LORA = LoraConfig(rank=4, alpha=8.0, embeddings=True)
 OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, schedule="constant", weight_decay=0.0)
 LOSS = LossConfig(chunk_tokens=8, implementation="chunked")

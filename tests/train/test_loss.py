@@ -8,30 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 from lemur_kernels.cross_entropy import cross_entropy
 
 from lemur_jax import sharding
-from lemur_jax.config import ConfigError, LossConfig, MeshConfig, ModelConfig, RopeConfig
+from lemur_jax.config import ConfigError, LossConfig, MeshConfig
 from lemur_jax.data.pipeline import Batch
 from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder
 from lemur_jax.train import loss
 from lemur_jax.train.step import gradients
 
-MODEL = ModelConfig(
-    vocab_size=101,
-    embed=32,
-    mlp=64,
-    layers=1,
-    heads=8,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-    attention="chunked",
-)
+MODEL = dataclasses.replace(small_models.MODEL, layers=1)
 
 
 def batch(rows=8, length=16) -> Batch:

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_models import MODEL
 
 from lemur_jax import sharding
-from lemur_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig, RopeConfig
+from lemur_jax.config import LossConfig, MeshConfig, OptimizerConfig
 from lemur_jax.data.pipeline import Batch
 from lemur_jax.model import param
 from lemur_jax.model.decoder import Decoder
@@ -17,20 +18,6 @@ from lemur_jax.train.optimizer import decay_mask, optimizer, schedule
 from lemur_jax.train.state import random_state
 from lemur_jax.train.step import WARM_STEPS, explicit_gradients, gradients, make_step
 
-MODEL = ModelConfig(
-    vocab_size=101,
-    embed=32,
-    mlp=64,
-    layers=2,
-    heads=8,
-    kv_heads=2,
-    head_dim=8,
-    max_positions=64,
-    rope=RopeConfig(theta=10000.0),
-    norm_eps=1e-5,
-    dtype="float32",
-    attention="chunked",
-)
 OPTIMIZER = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2)
 LOSS = LossConfig(z_loss=1e-3, chunk_tokens=8, implementation="chunked")
 # float32 sums in another order, after four steps with a learning rate that amplifies them.
