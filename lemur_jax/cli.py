@@ -371,6 +371,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         return _verify(options)
     if len(options.paths) != 2:
         raise UsageError(f"convert takes SRC and DST, {len(options.paths)} paths were given")
+    _leave_accelerators()
     from lemur_jax.convert.convert import convert
     from lemur_jax.convert.model import open_source
     from lemur_jax.convert.options import Options
@@ -446,6 +447,7 @@ def _parity(options: argparse.Namespace, _: list[str]) -> int:
 def _verify(options: argparse.Namespace) -> int:
     if len(options.paths) != 3:
         raise UsageError("verify takes two models: lemur convert verify A B")
+    _leave_accelerators()
     from lemur_jax.convert.plan import parse_bytes
     from lemur_jax.convert.verify import verify
 
@@ -457,6 +459,13 @@ def _verify(options: argparse.Namespace) -> int:
         say=lambda line: print(line, flush=True),
     )
     return EXIT_DIFFERENT if found else 0
+
+
+def _leave_accelerators() -> None:
+    """Converting is work for the host: a run may be using the accelerators."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _mesh(text: str | None):

@@ -33,6 +33,7 @@ Importing this package costs what `import orbax.checkpoint` costs (about 2.8 s, 
 """
 
 from lemur_jax.checkpoint.digest import StreamingDigest
+from lemur_jax.checkpoint.host import host_device
 from lemur_jax.checkpoint.keep import set_aside
 from lemur_jax.checkpoint.manifest import (
     CHECKPOINTS,
@@ -69,6 +70,7 @@ __all__ = [
     "create_array",
     "describe",
     "finish_step",
+    "host_device",
     "latest",
     "read_file",
     "read_slices",

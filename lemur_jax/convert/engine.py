@@ -149,7 +149,7 @@ def _each(
         future.add_done_callback(lambda f: (room.give(block.memory), finished.put((block, f))))
 
     waiting, running = list(reversed(blocks)), 0
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with ThreadPoolExecutor(_threads()) as pool:
         try:
             while waiting or running:
                 while waiting and (running == 0 or room.has(waiting[-1].memory)):
@@ -271,9 +271,13 @@ def peak_resident_bytes() -> int:
 def guess_rate(source: Source, plan: Plan) -> float:
     """Bytes a second, from one block that is read, turned and digested but not written."""
     block = max(plan.blocks, key=lambda b: b.bytes_in)
-    start = time.monotonic()
-    array = contiguous(source.read(block.name, block.region))
-    StreamingDigest().add(array, (0,) * array.ndim)
-    return (
-        min(WORKERS, os.cpu_count() or 1) / 2 * array.nbytes / max(time.monotonic() - start, 1e-6)
-    )
+    for _ in range(2):  # the first compiles
+        start = time.monotonic()
+        array = contiguous(source.read(block.name, block.region))
+        StreamingDigest().add(array, (0,) * array.ndim)
+        seconds = time.monotonic() - start
+    return _threads() / 2 * array.nbytes / max(seconds, 1e-6)
+
+
+def _threads() -> int:
+    return min(WORKERS, os.cpu_count() or 1)

@@ -21,7 +21,7 @@ LEAST_BLOCK_BYTES = 1 << 20
 # so that the same flags make the same plan, and a killed conversion can go on.
 PROGRAM_BYTES = 512 << 20
 COPIES = 4  # of a block: as read, in our order, cast or padded, on its way to the disk
-WORKERS = 8  # more than cores: they wait for the disk by turns
+WORKERS = 8  # at most, and no more than the machine has cores
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 

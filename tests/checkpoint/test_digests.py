@@ -84,6 +84,23 @@ def test_digest_streams_in_any_order(monkeypatch):
         stream.add(array, (0,))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_digest_of_large_blocks(dtype):
+    """Compiled pieces, a numpy tail, rows too wide for it: as on a device. Red: `done += height`
+    becomes `done = len(rows)`, or base[part] becomes base[: height]."""
+    rng = np.random.default_rng(3)
+    for shape in ((3, 1500, 1000), (2, 9, digest._WIDEST_ROW + 24)):
+        nbytes = int(np.prod(shape)) * jnp.dtype(dtype).itemsize
+        array = rng.integers(0, 256, nbytes, np.uint8).view(jnp.dtype(dtype)).reshape(shape)
+        assert array.nbytes > digest._PIECE_BYTES
+        device = digest.digest_arrays({"a": jnp.asarray(array)})["a"]
+        assert digest.digest_numpy(array) == device
+        stream = digest.StreamingDigest()
+        for first, last in ((7, shape[1]), (0, 7)):
+            stream.add(array[:, first:last], (0, first, 0))
+        assert stream.hexdigest() == device
+
+
 def test_digest_refuses_wide_types():
     """Red: add 8: np.uint64 to `_BITS` (its upper half would be ignored)."""
     with pytest.raises(TypeError, match="float64 has no digest"):
