@@ -102,8 +102,10 @@ def _work(compiled: Compiled, serving: Serving | None) -> tuple[int, float]:
     data, model = compiled.config.data, compiled.config.model
     if compiled.name in ("train", "evaluate"):
         tokens = data.batch_size * data.sequence_length
-        share = 1 if compiled.name == "train" else 1 / 3
-        return tokens, share * tokens * flops_per_token(model, data.sequence_length)
+        if compiled.name == "evaluate":
+            return tokens, tokens * flops_per_token(model, data.sequence_length) / 3
+        lora = compiled.config.lora
+        return tokens, tokens * flops_per_token(model, data.sequence_length, lora)
     if compiled.name == "prefill":
         tokens = serving.batch * serving.prompt
         return tokens, tokens * flops_per_token(model, serving.prompt) / 3

@@ -84,7 +84,7 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
     weights = param.size(decoder.abstract(config.model)).parameters
     data = config.data
     length = data.sequence_length
-    flops = flops_per_token(config.model, length) * data.batch_size * length
+    flops = flops_per_token(config.model, length, config.lora) * data.batch_size * length
     loss = dataclasses.replace(config.loss, chunk_tokens=length)
     # Only v4 makes gathers asynchronous that are not fused with a product.
     options = SEPARATE if where.chip.name == "v4" else FUSED

@@ -82,7 +82,9 @@ def estimate(config: TrainConfig, mesh: MeshConfig) -> Estimate:
         gradient_bytes=_bytes_per_device(state.trained),
         activation_bytes=_saved_bytes(config, rows, length) // ways,
         logits_bytes=logit_bytes * rows * chunk * vocab // (batch_ways * mesh.tensor),
-        flops_per_step=config.data.batch_size * length * flops_per_token(config.model, length),
+        flops_per_step=config.data.batch_size
+        * length
+        * flops_per_token(config.model, length, config.lora),
         tokens=config.steps * config.data.batch_size * length,
     )
 

@@ -133,7 +133,8 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
         part = sharding.local_row_range(rows, mesh)
         record.start(first_step, pipeline, part, rows, config.micro_batches)
     peak, peak_source = run_metrics.peak_flops(jax.devices()[0])
-    report(f"MFU = (6 N + 6 L H D T) x tokens/s / peak; {peak_source}")
+    products = "6 N" if config.lora is None else "4 N + 6 A"
+    report(f"MFU = ({products} + 6 L H D T) x tokens/s / peak; {peak_source}")
     progress = StepProgress(
         console,
         first_step=first_step,
@@ -141,7 +142,7 @@ def train(config: TrainConfig, operative_config: str, compiled: Path | None = No
         steps_per_log=config.steps_per_log,
         tokens_per_step=tokens_per_step,
         flops_per_step=tokens_per_step
-        * run_metrics.flops_per_token(config.model, config.data.sequence_length),
+        * run_metrics.flops_per_token(config.model, config.data.sequence_length, config.lora),
         peak_flops=peak * mesh.size,
     )
     stop = StopRequest()

@@ -5,12 +5,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lemur_jax.config import ModelConfig
-from lemur_jax.model import decoder, param
+from lemur_jax.config import LoraConfig, ModelConfig
+from lemur_jax.model import decoder, lora, param
 
 # Dense bf16 peak of one device, FLOP/s, as the vendors state it. Keys begin `device_kind`.
 PEAK_FLOPS = {
@@ -28,18 +29,41 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, adapters: LoraConfig | None = None
+) -> float:
     """FLOPs that one token of a training step needs: 6 N + 6 L H D T.
 
     N are the weights that a token is multiplied by (the embedding table is only looked up). The
     second term is causal attention, half of the 12 L H D T of the PaLM convention
     (arXiv:2204.02311 appendix B). Recomputation does not count.
+
+    With adapters it is 4 N + 6 A + 6 L H D T: N are the frozen weights, whose gradient is not
+    taken, and A those that are trained.
     """
-    flat = param.flatten(decoder.abstract(config))
-    weights = sum(leaf.size for name, leaf in flat.items() if name != "table")
-    if config.tie_embeddings:
-        weights += flat["table"].size
-    return 6.0 * weights + 6.0 * config.layers * config.heads * config.head_dim * sequence_length
+    model = decoder.abstract(config)
+    frozen = _multiplied(model, config)
+    if adapters is None:
+        products = 6.0 * frozen
+    else:
+        trained = _multiplied(lora.abstract(adapters, config), config)
+        replaced = sum(
+            leaf.size
+            for name, leaf in param.flatten(model).items()
+            if name in lora.whole_leaves(adapters, config)
+            and (name != "table" or config.tie_embeddings)
+        )
+        products = 4.0 * (frozen - replaced) + 6.0 * trained
+    return products + 6.0 * config.layers * config.heads * config.head_dim * sequence_length
+
+
+def _multiplied(tree: Any, config: ModelConfig) -> int:
+    """How many weights of a model or its adapters a token is multiplied by."""
+    return sum(
+        leaf.size
+        for name, leaf in param.flatten(tree).items()
+        if name != "table" or config.tie_embeddings
+    )
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
