@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from lemur_jax import sharding
 from lemur_jax.config import ConfigError, MeshConfig, TrainConfig
-from lemur_jax.model import decoder, param
+from lemur_jax.model import decoder, lora, param
 from lemur_jax.plan.knobs import activation_bytes, making_weights
 from lemur_jax.plan.slices import Slice
 from lemur_jax.train.metrics import flops_per_token
@@ -82,6 +82,9 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
     """
     found = []
     weights = param.size(decoder.abstract(config.model)).parameters
+    trained = weights
+    if config.lora is not None:
+        trained = param.size(lora.abstract(config.lora, config.model)).parameters
     data = config.data
     length = data.sequence_length
     flops = flops_per_token(config.model, length, config.lora) * data.batch_size * length
@@ -109,7 +112,7 @@ def candidates(config: TrainConfig, where: Slice, host_gib_per_s: float) -> list
                 sharding.check(model, mesh, rows=rows, sequence_length=length)
             except ConfigError:
                 continue
-            one = estimate(changed, where, weights, flops)
+            one = estimate(changed, where, weights, trained, flops)
             if one.host_bytes_per_s <= host_gib_per_s * GIB:
                 found.append(one)
     return sorted(found, key=lambda c: c.seconds)
@@ -142,8 +145,11 @@ def _outer(fsdp: int, where: Slice) -> int:
     return fsdp // side if side > 1 and fsdp % side == 0 and fsdp > side else 1
 
 
-def estimate(config: TrainConfig, where: Slice, weights: int, flops: float) -> Candidate:
-    """The model of one configuration of so many weights and model FLOPs a step."""
+def estimate(
+    config: TrainConfig, where: Slice, weights: int, trained: int, flops: float
+) -> Candidate:
+    """The model of one configuration of so many weights (of which some may be frozen, beside
+    adapters that are trained) and model FLOPs a step."""
     c, mesh, chip = config.model, config.mesh, where.chip
     ways = mesh.fsdp_outer * mesh.fsdp * mesh.tensor
     layer = weights / max(c.layers, 1)
@@ -151,7 +157,8 @@ def estimate(config: TrainConfig, where: Slice, weights: int, flops: float) -> C
     tokens = rows * config.data.sequence_length / mesh.sequence
     vocab = sharding.padded_vocab(c) / mesh.tensor
 
-    state = 4 * 3 * weights / ways + 4 * weights / ways * (2 if config.micro_batches > 1 else 1)
+    gradients = 2 if config.micro_batches > 1 else 1
+    state = 4 * (weights + (2 + gradients) * trained) / ways
     kept = activation_bytes(config, rows)
     saved = kept["layer_input"] * ("layer_input" not in c.remat_offloaded)
     saved += sum(kept[name] for name in c.remat_saved)
@@ -163,7 +170,7 @@ def estimate(config: TrainConfig, where: Slice, weights: int, flops: float) -> C
     hbm = state + saved + gathered + max(working + fetched, logits)
 
     products = flops / where.devices * (1 + _recomputed(config)) / (chip.flops_per_s * PRODUCT_RATE)
-    sync, hidden = _collective_seconds(config, where, weights)
+    sync, hidden = _collective_seconds(config, where, weights, trained)
     seconds = products * (1 + MEMORY_BOUND) + sync + hidden / 2
     away_all = away * config.micro_batches
     return Candidate(config, hbm, away, seconds, away_all / (FORWARD_SHARE * seconds))
@@ -179,20 +186,22 @@ def _recomputed(config: TrainConfig) -> float:
     return again / whole / 3 * (1 if c.remat != "none" else 0)
 
 
-def _collective_seconds(config: TrainConfig, where: Slice, weights: int) -> tuple[float, float]:
+def _collective_seconds(
+    config: TrainConfig, where: Slice, weights: int, trained: int
+) -> tuple[float, float]:
     """Synchronous and asynchronous seconds of a step, between one and three axes of the torus."""
     mesh, chip, c = config.mesh, where.chip, config.model
     axes = 2 if chip.dimensions == 3 else 1.5
     rate = chip.ici_bytes_per_s * axes
-    sent = 2 * weights / mesh.tensor * config.micro_batches
-    gathers = 2 * sent / rate
-    reduces = sent / rate * (1 if config.explicit_gradients else 2)
+    sent = 2 / mesh.tensor * config.micro_batches  # bytes for each weight
+    gathers = 2 * sent * weights / rate
+    reduces = sent * trained / rate * (1 if config.explicit_gradients else 2)
     tokens = config.data.batch_size * config.data.sequence_length / sharding.batch_ways(mesh)
     sums = 0.0
     if mesh.tensor > 1:  # two sums of activations forward, two back, two again: all-reduces
         around = 2 * (mesh.tensor - 1) / mesh.tensor
         sums = 6 * c.layers * tokens * c.embed * 2 * around / chip.ici_bytes_per_s
     if mesh.data > 1 or mesh.dcn_data > 1:
-        part = 4 * weights / (mesh.fsdp_outer * mesh.fsdp * mesh.tensor)
+        part = 4 * trained / (mesh.fsdp_outer * mesh.fsdp * mesh.tensor)
         sums += 2 * part / (chip.dcn_bytes_per_s if mesh.dcn_data > 1 else rate)
     return reduces + sums, gathers

@@ -21,7 +21,7 @@ from lemur_jax.plan.slices import Slice, slice_named
 from lemur_jax.train import ahead
 
 # Fields that no program depends on: a recipe may leave them to the run.
-UNUSED = {"TrainConfig.run_dir": "-", "DataConfig.path": "-", "TrainConfig.init_from": None}
+UNUSED = dict.fromkeys(("TrainConfig.run_dir", "DataConfig.path", "TrainConfig.init_from"), "-")
 SAVED = ("train", "evaluate")  # what `lemur train --compiled` can run
 
 

@@ -69,6 +69,28 @@ def test_every_candidate_divides_and_respects_the_host(every):
     assert without and not any(c.config.model.remat_offloaded for c in without)
 
 
+def test_adapters_need_less_than_all_weights(every):
+    """Red if optimizer state and gradients of the frozen weights were counted, or the field that
+    LoRA needs (init_from) could not be left to the run."""
+    files = ["runs/pretrain_lemur_70b.gin", "lora.gin"]
+    config, _ = settings.load(TrainConfig, files, [], cli.config_classes(), command.UNUSED)
+    config = dataclasses.replace(CONFIG, lora=config.lora, init_from="-")
+    adapted = {
+        (c.config.mesh, c.config.micro_batches, c.config.model): c
+        for c in candidates.candidates(config, V4, host_gib_per_s=8.0)
+    }
+    for c in every:
+        other = adapted.get((c.config.mesh, c.config.micro_batches, c.config.model))
+        if other is None:  # faster, and so too fast for the host
+            continue
+        ways = c.config.mesh.fsdp_outer * c.config.mesh.fsdp * c.config.mesh.tensor
+        gradients = 2 if c.config.micro_batches > 1 else 1
+        less = 4 * (2 + gradients) * (68.98e9 - 0.83e9) / ways  # all but rank 64 on every matrix
+        assert c.hbm_bytes - other.hbm_bytes == pytest.approx(less, rel=0.01)
+        assert other.seconds < c.seconds
+    assert len(adapted) > 30
+
+
 def made_up(refuse=lambda c: False, spare=5 * GIB):
     """A compiler that takes the model at its word, but for what `refuse` says."""
 
