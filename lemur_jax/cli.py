@@ -146,9 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as stored")
     convert.add_argument("--max_ram", default="4GiB", help="memory that it may take (4GiB)")
-    convert.add_argument(
-        "--max_shard_bytes", type=int, default=5_000_000_000, help="of a safetensors file"
-    )
+    convert.add_argument("--max_shard_bytes", type=int, help="of a safetensors file (5000000000)")
     convert.add_argument(
         "--mesh", metavar="fsdp=4,tensor=8", help="chunks of a checkpoint as this mesh reads them"
     )
@@ -156,9 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         "--add_tokens", metavar="A,B", help="new tokens, or the word chatml for its five"
     )
     convert.add_argument("--vocab_size", type=int, help="rows of the result; default: as needed")
-    convert.add_argument(
-        "--new_rows", choices=("mean", "zeros"), default="mean", help="what new rows hold"
-    )
+    convert.add_argument("--new_rows", choices=("mean", "zeros"), help="what new rows hold (mean)")
     convert.add_argument("--max_positions", type=int, help="of Meta's weights, which do not say it")
     convert.add_argument(
         "--base", metavar="MODEL", help="under PEFT's adapters; with --to=peft what they call it"

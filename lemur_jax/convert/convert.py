@@ -74,7 +74,10 @@ def convert(
     if options.add_tokens or options.vocab_size is not None:
         original = source
         source = resize(
-            source, options.add_tokens, vocab_size=options.vocab_size, new_rows=options.new_rows
+            source,
+            options.add_tokens,
+            vocab_size=options.vocab_size,
+            new_rows=options.new_rows or "mean",
         )
         note = lost_rows(original, source)
         if note is not None:
@@ -129,7 +132,7 @@ class _Job:
                 self.config,
                 dtypes,
                 source.extras or {},
-                options.max_shard_bytes,
+                options.max_shard_bytes or targets.MAX_SHARD_BYTES,
             )
         self.plan: Plan = make_plan(source, self.leaves, self.target, options.max_ram)
 

@@ -18,11 +18,11 @@ class Options:
       to: one of FORMATS.
       dtype: of the written weights; None keeps each weight's own.
       max_ram: bytes of resident memory that the process may reach.
-      max_shard_bytes: of one safetensors file.
+      max_shard_bytes: of one safetensors file; None: 5 GB, transformers' habit.
       mesh: chunks of a checkpoint are what a device of this mesh holds; None: layers.
       add_tokens: behind those of the tokenizer.
       vocab_size: rows of the result; None: as they are, or as the new tokens need.
-      new_rows: "mean" or "zeros".
+      new_rows: "mean" or "zeros"; None: mean.
       max_positions: of Meta's format, which does not say it.
       base: the model under PEFT's adapters; None: the one that they name.
       process, processes: this process, from 0, and how many share the work.
@@ -32,11 +32,11 @@ class Options:
     to: str
     dtype: str | None = None
     max_ram: int = _DEFAULT_MAX_RAM
-    max_shard_bytes: int = 5_000_000_000  # transformers' habit
+    max_shard_bytes: int | None = None
     mesh: MeshConfig | None = None
     add_tokens: tuple[str, ...] = ()
     vocab_size: int | None = None
-    new_rows: str = "mean"
+    new_rows: str | None = None
     max_positions: int | None = None
     base: str | None = None
     process: int = 0
@@ -48,8 +48,14 @@ class Options:
         problems = []
         if self.to not in FORMATS:
             problems.append(f"--to={self.to} is unknown; legal: {', '.join(FORMATS)}")
-        if self.max_shard_bytes < 1:
-            problems.append(f"max_shard_bytes={self.max_shard_bytes} must be positive")
+        if self.max_shard_bytes is not None and self.max_shard_bytes < 1:
+            problems.append(f"--max_shard_bytes={self.max_shard_bytes} must be positive")
+        if self.max_shard_bytes is not None and self.to != "hf":
+            problems.append(
+                f"--max_shard_bytes is of --to=hf; --to={self.to} has no shards: leave it out"
+            )
+        if self.new_rows is not None and not self.add_tokens and self.vocab_size is None:
+            problems.append("--new_rows says what new rows hold: give --add_tokens or --vocab_size")
         for name in ("vocab_size", "max_positions"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -21,6 +21,8 @@ from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.stored import Region, Shape, StoredTensor, contiguous
 
+MAX_SHARD_BYTES = 5_000_000_000  # transformers' habit
+
 
 @dataclass(frozen=True)
 class Leaf:

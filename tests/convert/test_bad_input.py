@@ -12,6 +12,7 @@ from lemur_jax.convert import engine, plan
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf import export_hf, import_hf
 from lemur_jax.convert.hf_source import open_hf
+from lemur_jax.convert.options import Options
 from lemur_jax.convert.recognise import recognise
 from lemur_jax.convert.targets import FilesTarget
 
@@ -332,3 +333,12 @@ def test_what_is_no_checkpoint_at_all(tmp_path):
         export_hf(tmp_path, "gs://bucket/hf")
     with pytest.raises(ConversionError, match="max_shard_bytes=0"):
         export_hf(tmp_path, tmp_path / "o", max_shard_bytes=0)
+
+
+def test_flags_without_effect():
+    """Red if a flag that changes nothing were taken silently."""
+    with pytest.raises(ConversionError, match="--to=lemur has no shards: leave it out"):
+        Options(to="lemur", max_shard_bytes=1000)
+    with pytest.raises(ConversionError, match="--new_rows .* give --add_tokens or --vocab_size"):
+        Options(to="hf", new_rows="zeros")
+    Options(to="hf", new_rows="zeros", vocab_size=32128, max_shard_bytes=1000)
