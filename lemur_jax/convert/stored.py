@@ -13,6 +13,7 @@ import numpy as np
 from lemur_jax import checkpoint
 from lemur_jax.convert.disk import DiskFile, aligned_empty
 from lemur_jax.convert.errors import ConversionError
+from lemur_jax.convert.record import Record
 
 _RWF_DONTCACHE = 0x80  # of linux/fs.h; Python has no name for it
 Shape = tuple[int, ...]
@@ -42,6 +43,8 @@ class StoredTensor:
       name: as stored; for messages.
       shape, dtype: of the tensor.
       extents: (first byte in the file, bytes) of each piece; almost always one.
+      record: what of the file has a checksum; compared when the tensor's first element is read,
+        so that of many processes that read parts of it one does it.
     """
 
     path: Path
@@ -49,6 +52,7 @@ class StoredTensor:
     shape: Shape
     dtype: np.dtype
     extents: tuple[tuple[int, int], ...]
+    record: Record | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,9 +63,11 @@ class StoredTensor:
         """A region in a fresh array; never holds more than it and 4 MiB.
 
         Raises:
-          ConversionError: the file ends before the tensor does.
+          ConversionError: the file ends before the tensor does, or its checksum is wrong.
         """
         region = whole(self.shape) if region is None else region
+        if self.record is not None and not any(part.start for part in region):
+            self.record.check(self.name)
         out = aligned_empty(shape_of(region), self.dtype)
         if not out.size:
             return out
