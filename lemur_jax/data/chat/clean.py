@@ -15,15 +15,21 @@ import hashlib
 import multiprocessing
 import os
 import re
+import tempfile
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
 
 from lemur_jax.config import ConfigError
 from lemur_jax.data.chat.conversation import Conversation
+from lemur_jax.data.cleaning.duplicates import NearDuplicates
+from lemur_jax.data.cleaning.language import language_detector
 
-_WORD = re.compile(r"\w+")
 _CODE = re.compile(r"```.*?(```|$)", re.DOTALL)
+_MEMORY_BYTES = 256 << 20  # of sorting the signatures' bands
 _TEXTS_A_TASK = 2000  # a process takes a second to start
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
@@ -88,17 +94,7 @@ class KeepLanguages:
 
 def languages_of(texts: Sequence[str]) -> list[str | None]:
     """The language of each text by langdetect, always the same; None where there is none."""
-    import langdetect  # late: its profiles take half a second
-
-    langdetect.DetectorFactory.seed = 0  # it draws at random otherwise
-    return [_language_of(langdetect, text) for text in texts]
-
-
-def _language_of(langdetect, text: str) -> str | None:
-    try:
-        return langdetect.detect(text)
-    except langdetect.LangDetectException:
-        return None
+    return [*map(language_detector(), texts)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,60 +164,28 @@ def _is_new(key: bytes, seen: set[bytes]) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DropNearDuplicates:
-    """Drops conversations that share most of their word shingles with an earlier one.
+class DropNearDuplicates(NearDuplicates):
+    """Drops conversations whose text is like an earlier one's, as NearDuplicates does documents.
 
     Attributes:
-      threshold: Jaccard similarity, estimated by MinHash, from which one is a near-duplicate.
-      shingle_words: words of a shingle; case and punctuation do not count.
-      permutations: of MinHash; the estimate's standard deviation is at most 0.5 / sqrt of it.
       sources: as of KeepLanguages.
     """
 
     name: ClassVar[str] = "near duplicates"
-    threshold: float = 0.8
-    shingle_words: int = 5
-    permutations: int = 128
     sources: tuple[str, ...] = ()
 
-    def __post_init__(self):
-        problems = []
-        if not 0 < self.threshold <= 1:
-            problems.append(f"DropNearDuplicates.threshold={self.threshold} must be in (0, 1]")
-        if self.shingle_words < 1:
-            problems.append(f"DropNearDuplicates.shingle_words={self.shingle_words}: at least 1")
-        if self.permutations < 16:
-            problems.append(f"DropNearDuplicates.permutations={self.permutations}: at least 16")
-        _raise_if(problems)
-
     def keep(self, conversations: Sequence[Conversation]) -> list[bool]:
-        """Whether each stays: the first of similar ones does, and only those that stay count."""
-        import datasketch  # late: it imports scipy
-
-        # Bands are chosen to find pairs a little below the threshold too: LSH alone misses many at
-        # it. The estimate from all permutations then decides.
-        index = datasketch.MinHashLSH(
-            threshold=max(0.05, self.threshold - 0.1), num_perm=self.permutations
-        )
-        kept_signatures, kept = {}, []
-        for number, conversation in enumerate(conversations):
-            signature = datasketch.MinHash(num_perm=self.permutations, seed=1)
-            signature.update_batch(shingles(conversation.text(), self.shingle_words))
-            similar = (
-                kept_signatures[other].jaccard(signature) >= self.threshold
-                for other in index.query(signature)
-            )
-            kept.append(not any(similar))
-            if kept[-1]:
-                index.insert(number, signature)
-                kept_signatures[number] = signature
-        return kept
-
-
-def shingles(text: str, words: int) -> list[bytes]:
-    """Runs of `words` words, lower case; a shorter text is one shingle."""
-    found = [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text.lower())]
-    return [b" ".join(found[at : at + words]) for at in range(max(1, len(found) - words + 1))]
+        """Whether each stays: the first of a cluster does."""
+        stays = [True] * len(conversations)
+        if not conversations:
+            return stays
+        sign = self.signer()
+        signatures = np.stack([sign(c.text()) for c in conversations])
+        with tempfile.TemporaryDirectory() as directory:
+            for removed, _ in self.redundant(signatures, Path(directory), _MEMORY_BYTES):
+                for number in removed:
+                    stays[number] = False
+        return stays
 
 
 def _raise_if(problems: list[str]) -> None:

@@ -17,7 +17,9 @@ def words(text: str) -> list[str]:
 
 def word_numbers(found: list[str]) -> np.ndarray:
     """uint64 [words]: CRC-32 of each."""
-    return np.fromiter((zlib.crc32(w.encode()) for w in found), np.uint64, len(found))
+    return np.fromiter(
+        (zlib.crc32(w.encode("utf-8", "surrogatepass")) for w in found), np.uint64, len(found)
+    )
 
 
 def ngram_numbers(numbers: np.ndarray, n: int) -> np.ndarray:

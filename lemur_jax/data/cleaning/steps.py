@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lemur_jax.config import ConfigError
+from lemur_jax.data.cleaning.language import language_detector
 from lemur_jax.data.files import Document
 from lemur_jax.data.reading.where import FieldError, look_up
 
@@ -141,21 +142,8 @@ class LanguageFilter:
         return str(value) if value else None
 
     def _detect(self) -> Callable[[Document], str | None]:
-        try:
-            import langdetect
-        except ImportError as error:
-            raise ConfigError(
-                ["LanguageFilter needs langdetect: pip install langdetect, or set its field"]
-            ) from error
-        langdetect.DetectorFactory.seed = self.seed
-
-        def detect(document: Document) -> str | None:
-            try:
-                return langdetect.detect(document.text[: self.characters])
-            except langdetect.LangDetectException:
-                return None  # no letters
-
-        return detect
+        detect = language_detector(self.seed)
+        return lambda document: detect(document.text[: self.characters])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
