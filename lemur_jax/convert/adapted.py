@@ -5,15 +5,14 @@ The adapters of one layer are read when a part of that layer is: their size does
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from lemur_jax.config import LoraConfig, ModelConfig
 from lemur_jax.convert.cast import cast
-from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.model import Index, Source, region_of
-from lemur_jax.convert.stored import Region, Shape
+from lemur_jax.convert.stored import Region
+from lemur_jax.convert.wrapped import Wrapped
 from lemur_jax.model import lora
 
 ADAPTERS = "adapters"  # item of a checkpoint, and what the names of its arrays begin with
@@ -25,7 +24,7 @@ _BAND_ELEMENTS = 1 << 20  # of a weight at a time in float64
 
 
 @dataclass(frozen=True)
-class Adapted:
+class Adapted(Wrapped):
     """A Source with adapters added. See model.Source.
 
     Attributes:
@@ -36,48 +35,19 @@ class Adapted:
       adapters_path: where they lie.
     """
 
-    source: Source
     adapters: LoraConfig
     pair: ReadPair
     whole: ReadWhole
     adapters_path: str
 
     @property
-    def path(self) -> str:
-        """As Source."""
-        return self.source.path
-
-    @property
     def format(self) -> str:
         """As Source: not the base's, which is another model."""
         return f"{self.source.format} with LoRA"
 
-    @property
-    def config(self) -> ModelConfig:
-        """As Source."""
-        return self.source.config
-
-    @property
-    def extras(self) -> dict[str, Any] | None:
-        """As Source."""
-        return self.source.extras
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As Source."""
-        return self.source.names
-
-    def shape(self, name: str) -> Shape:
-        """As Source."""
-        return self.source.shape(name)
-
-    def dtype(self, name: str) -> np.dtype:
-        """As Source: the base's; the sum is rounded to it."""
-        return self.source.dtype(name)
-
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """As Source, with the adapters added in float64: a cut elsewhere rounds alike."""
-        if not self._changes(name):
+        if not self.changes(name):
             return self.source.read(name, index)
         region, squeezed = region_of(index, self.shape(name))
         target = name.removeprefix("layers/")
@@ -92,25 +62,14 @@ class Adapted:
     def where(self, name: str, index: tuple[int, ...]) -> str:
         """As Source."""
         where = self.source.where(name, index)
-        return f"{where} with {self.adapters_path}" if self._changes(name) else where
-
-    def grain(self, name: str) -> Grain:
-        """As Source."""
-        return self.source.grain(name)
-
-    def files(self) -> dict[str, bytes]:
-        """As Source."""
-        return self.source.files()
-
-    def digests(self) -> dict[str, str]:
-        """As Source: of the leaves that are as they were."""
-        return {n: d for n, d in self.source.digests().items() if not self._changes(n)}
+        return f"{where} with {self.adapters_path}" if self.changes(name) else where
 
     def with_config(self, config: ModelConfig) -> "Adapted":
         """The same weights under a config that may pad the vocabulary otherwise."""
         return replace(self, source=self.source.with_config(config))
 
-    def _changes(self, name: str) -> bool:
+    def changes(self, name: str) -> bool:
+        """As Wrapped."""
         changed = (f"layers/{target}" for target in self.adapters.targets)
         return name in (*changed, *lora.whole_leaves(self.adapters, self.config))
 
@@ -133,17 +92,8 @@ class Adapted:
             out[band] = cast(total, out.dtype, f"layers/{target}")
 
 
-def origin(source: Source) -> Source:
-    """What lies on the disk below changes of vocabulary and adapters."""
-    while hasattr(source, "source"):
-        source = source.source
-    return source
-
-
 def adapted_in(source: Source) -> Adapted | None:
     """The adapters that a source adds, if it adds any."""
-    while not isinstance(source, Adapted):
-        if not hasattr(source, "source"):
-            return None
+    while isinstance(source, Wrapped) and not isinstance(source, Adapted):
         source = source.source
-    return source
+    return source if isinstance(source, Adapted) else None

@@ -12,7 +12,7 @@ from etils import epath
 
 from lemur_jax import checkpoint
 from lemur_jax.convert import engine, targets
-from lemur_jax.convert.adapted import adapted_in, origin
+from lemur_jax.convert.adapted import adapted_in
 from lemur_jax.convert.chunks import ChunksTarget
 from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place
 from lemur_jax.convert.errors import ConversionError
@@ -27,6 +27,7 @@ from lemur_jax.convert.report import REPORT, report_text
 from lemur_jax.convert.safetensors import numpy_dtype
 from lemur_jax.convert.targets import FilesTarget, Leaf
 from lemur_jax.convert.vocabulary import Resized, lost_rows, resize
+from lemur_jax.convert.wrapped import origin
 from lemur_jax.errors import LemurError
 
 

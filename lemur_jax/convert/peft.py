@@ -15,7 +15,7 @@ import numpy as np
 
 from lemur_jax.config import LORA_TARGETS, ConfigError, LoraConfig, ModelConfig
 from lemur_jax.convert import safetensors, tables, torch_file
-from lemur_jax.convert.adapted import Adapted, adapted_in, origin
+from lemur_jax.convert.adapted import Adapted, adapted_in
 from lemur_jax.convert.destination import check_new, partial_of, put_in_place
 from lemur_jax.convert.disk import DiskFile
 from lemur_jax.convert.errors import ConversionError
@@ -25,6 +25,7 @@ from lemur_jax.convert.ours import OurSource
 from lemur_jax.convert.rules import Rule
 from lemur_jax.convert.small_files import beside_weights
 from lemur_jax.convert.stored import Region, StoredTensor, whole
+from lemur_jax.convert.wrapped import origin
 from lemur_jax.model import lora
 
 CONFIG = "adapter_config.json"

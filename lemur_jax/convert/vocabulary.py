@@ -13,12 +13,12 @@ import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.errors import ConversionError
-from lemur_jax.convert.grain import Grain
 from lemur_jax.convert.json_file import json_text
 from lemur_jax.convert.model import Index, Source, region_of
 from lemur_jax.convert.small_files import GENERATION_CONFIG, HF_DIR, TOKENIZER_DIR
 from lemur_jax.convert.stored import Shape
 from lemur_jax.convert.turn import vocabulary_axis
+from lemur_jax.convert.wrapped import Wrapped
 from lemur_jax.sharding import padded_vocab
 
 CHATML = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
@@ -29,40 +29,24 @@ _BAND_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Resized:
+class Resized(Wrapped):
     """A Source with another number of vocabulary rows. See model.Source.
 
     Attributes:
       source: the model as it is.
-      config: with the new vocab_size.
+      resized: the config with the new vocab_size.
       fill: of each leaf with a vocabulary, what a new row is: [E].
       small_files: with the tokenizer's new tokens.
     """
 
-    source: Source
-    config: ModelConfig
+    resized: ModelConfig
     fill: Mapping[str, np.ndarray]
     small_files: dict[str, bytes]
 
     @property
-    def path(self) -> str:
+    def config(self) -> ModelConfig:
         """As Source."""
-        return self.source.path
-
-    @property
-    def format(self) -> str:
-        """As Source."""
-        return self.source.format
-
-    @property
-    def extras(self) -> dict[str, Any] | None:
-        """As Source."""
-        return self.source.extras
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """As Source."""
-        return self.source.names
+        return self.resized
 
     def shape(self, name: str) -> Shape:
         """As Source: padded for the new vocabulary."""
@@ -70,10 +54,6 @@ class Resized:
         if axis is not None:
             shape[axis] = padded_vocab(self.config)
         return tuple(shape)
-
-    def dtype(self, name: str) -> np.dtype:
-        """As Source."""
-        return self.source.dtype(name)
 
     def read(self, name: str, index: Index = None) -> np.ndarray:
         """As Source: the old rows, then the new ones, then padding."""
@@ -98,21 +78,13 @@ class Resized:
                 out[tuple(place)] = row if axis == 0 else row[:, None]
         return out[squeezed]
 
-    def where(self, name: str, index: tuple[int, ...]) -> str:
-        """As Source."""
-        return self.source.where(name, index)
-
-    def grain(self, name: str) -> Grain:
-        """As Source."""
-        return self.source.grain(name)
-
     def files(self) -> dict[str, bytes]:
         """As Source."""
         return self.small_files
 
-    def digests(self) -> dict[str, str]:
-        """As Source: of the leaves that are as they were."""
-        return {n: d for n, d in self.source.digests().items() if vocabulary_axis(n) is None}
+    def changes(self, name: str) -> bool:
+        """As Wrapped."""
+        return vocabulary_axis(name) is not None
 
 
 def resize(
