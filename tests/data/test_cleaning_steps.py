@@ -163,6 +163,23 @@ def test_assigned_secrets(text, secret):
     assert ("<SECRET>" in outcome(RedactSecrets(), text)) is secret
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgres://joe:s3cr.t!@db.host/x", "postgres://joe:<SECRET>@db.host/x"),
+        ("redis://:hunter22@cache:6379", "redis://:<SECRET>@cache:6379"),
+        ("amqp://u:${PASSWORD}@host", None),
+        ("https://{user}:{password}@host", None),
+        ("https://host:8080/@scope/package", None),
+        ("ssh://git@host:22/x", None),
+        ("see http://a.b: mail me@c.d", None),
+    ],
+)
+def test_passwords_in_urls(text, expected):
+    """Red if the host or the user goes too, or a port or a placeholder is taken for a password."""
+    assert outcome(RedactSecrets(), text) == (expected or text)
+
+
 def test_entropy():
     """Red if the logarithm's base is not 2."""
     assert redact.entropy("abcd" * 5) == pytest.approx(2)

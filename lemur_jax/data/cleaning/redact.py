@@ -38,6 +38,8 @@ _KEYS = {
         re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     ),
 }
+# scheme://user:password@host, where the password is none that a program fills in ($X, {x}, <x>, %s).
+_IN_URL = re.compile(r"(://[^\s/:@'\"<>]{0,64}:)[^\s/@:'\"<>${}%*]{3,128}(?=@)")
 # Anything else in quotes that is assigned to a telling name: it must look random, too.
 _QUOTED = re.compile(r"(['\"])([A-Za-z0-9+/_=.~-]{16,200})\1")
 _ASSIGNED = re.compile(
@@ -93,6 +95,9 @@ class RedactSecrets:
                 if any(sign in text for sign in signs):
                     text, found = pattern.subn(lambda _: self.replacement, text)
                     counts.update({kind: found} if found else {})
+            if "://" in text:
+                text, found = _IN_URL.subn(lambda match: match[1] + self.replacement, text)
+                counts.update({"password in a URL": found} if found else {})
             text = _QUOTED.sub(lambda match: quoted(match, counts), text)
             return _with_text(document, text)
 
