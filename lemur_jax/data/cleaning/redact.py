@@ -38,7 +38,7 @@ _KEYS = {
         re.compile(r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
     ),
 }
-# scheme://user:password@host, where the password is none that a program fills in ($X, {x}, <x>, %s).
+# scheme://user:password@host; not a password that a program fills in ($X, {x}, <x>, %s).
 _IN_URL = re.compile(r"(://[^\s/:@'\"<>]{0,64}:)[^\s/@:'\"<>${}%*]{3,128}(?=@)")
 # Anything else in quotes that is assigned to a telling name: it must look random, too.
 _QUOTED = re.compile(r"(['\"])([A-Za-z0-9+/_=.~-]{16,200})\1")
