@@ -3,8 +3,8 @@
 Weights are written once and not read again soon: through the page cache every byte is copied,
 its pages are allocated, and memory fills with what nobody wants. Written directly (O_DIRECT) a
 GiB took 0.04 s of system time, through the cache 0.4 to 1.4 s. Direct writes need whole pages in
-memory and in the file; the rest of a write, and everything on file systems that know no direct
-writes (tmpfs), goes through the cache.
+memory and in the file; the rest of a write, and everything where there are no direct writes (tmpfs,
+macOS), goes through the cache.
 """
 
 import errno
@@ -60,7 +60,7 @@ class DiskFile:
 
     def sync(self) -> None:
         """Returns when everything written is on the disk."""
-        os.fdatasync(self._cached)
+        getattr(os, "fdatasync", os.fsync)(self._cached)  # macOS has no fdatasync
 
     def close(self) -> None:
         """Releases the file."""
@@ -70,6 +70,7 @@ class DiskFile:
 
     def _open_direct(self) -> int | None:
         with self._lock:
+            self._no_direct |= not hasattr(os, "O_DIRECT")
             if self._direct is None and not self._no_direct:
                 try:
                     self._direct = os.open(self.path, os.O_WRONLY | os.O_DIRECT)

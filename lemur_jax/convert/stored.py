@@ -146,10 +146,12 @@ def _read_uncached(descriptor: int, view: memoryview, offset: int) -> int:
     """As preadv, without filling the page cache where the kernel can do that (Linux 6.14)."""
     try:
         return os.preadv(descriptor, [view], offset, _RWF_DONTCACHE)
+    except NotImplementedError:  # macOS has no flags
+        pass
     except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-        return os.preadv(descriptor, [view], offset)
+    return os.preadv(descriptor, [view], offset)
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -469,12 +470,14 @@ def test_a_flipped_bit_is_found_by_the_report(tmp_path):
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(st.data())
 def test_any_turn_is_numpys(data):
-    """Red when `_turn_pairs` exchanges the halves of a word, or `_matrix` takes odd sizes."""
+    """Red when `contiguous` puts a piece at another place than the one it was cut from."""
     shape = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     dtype = data.draw(st.sampled_from(["u1", "u2", "u4", "bfloat16"]))
     order = data.draw(st.permutations(range(len(shape))))
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype).transpose(order)
-    turned = contiguous(array)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lemur_jax.convert.stored._PIECE_BYTES", data.draw(st.integers(1, 200)))
+        turned = contiguous(array)
     assert turned.flags.c_contiguous and np.array_equal(turned, array)
 
 
@@ -496,6 +499,28 @@ def test_writes_at_any_offset(tmp_path):
     file.close()
     raw = (tmp_path / "x").read_bytes()
     assert raw == expected.tobytes()[: len(raw)] and not expected[len(raw) :].any()
+
+
+def test_files_on_a_system_without_linux_calls(tmp_path, monkeypatch):
+    """Red when O_DIRECT, fdatasync or flags of preadv are taken for granted: macOS has none."""
+    read = os.preadv
+
+    def without_flags(descriptor, buffers, offset, flags=0):
+        if flags:
+            raise NotImplementedError("preadv2: flags unavailable on this platform")
+        return read(descriptor, buffers, offset)
+
+    monkeypatch.delattr(os, "O_DIRECT")
+    monkeypatch.delattr(os, "fdatasync")
+    monkeypatch.setattr(os, "preadv", without_flags)
+    array = aligned_empty((3 << 20,), np.dtype(np.uint8))
+    array[:] = np.random.default_rng(0).integers(0, 256, array.size, np.uint8)
+    file = DiskFile(tmp_path / "x")
+    file.write(memoryview(array), 0)
+    file.sync()
+    file.close()
+    stored = StoredTensor(tmp_path / "x", "x", array.shape, array.dtype, ((0, array.nbytes),))
+    assert np.array_equal(stored.read(), array)
 
 
 def test_columns_of_a_stored_tensor(tmp_path):
