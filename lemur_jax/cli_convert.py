@@ -126,6 +126,7 @@ def _export_peft(source: str, target: str, options: argparse.Namespace) -> int:
 
 
 def _parity(options: argparse.Namespace, _: list[str]) -> int:
+    _leave_accelerators()
     from lemur_jax.convert.parity import parity
 
     report = parity(
@@ -158,7 +159,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _leave_accelerators() -> None:
-    """Converting is work for the host: a run may be using the accelerators."""
+    """All of this is work for the host: a run may be using the accelerators."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

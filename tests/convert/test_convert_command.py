@@ -1,10 +1,14 @@
 """`lemur convert` as it is typed: plan, dry run, verify, flags."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tiny_hf
 
-from lemur_jax import cli
+from lemur_jax import cli, cli_convert
 
 
 @pytest.fixture
@@ -32,9 +36,19 @@ def test_verify_says_equal_or_what_differs(capsys, tmp_path, source):
     weights = tiny_hf.weights()
     weights["lm_head.weight"][7, 3] = np.inf
     other = str(tiny_hf.write(tmp_path / "other", weights))
-    assert cli.main(["convert", "verify", source, other]) == cli.EXIT_DIFFERENT
+    assert cli.main(["convert", "verify", source, other]) == cli_convert.EXIT_DIFFERENT
     out = capsys.readouterr().out
     assert "head: 1 values differ" in out and "lm_head.weight in model.safetensors" in out
+
+
+def test_no_accelerator_is_asked_for(tmp_path, source):
+    """Red when convert, verify or parity leaves JAX's platforms as the environment has them."""
+    made = str(tmp_path / "o")
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}  # of which there is none
+    for words in ([source, made], ["verify", source, made], ["parity", source, made]):
+        command = [sys.executable, "-m", "lemur_jax.cli", "convert", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
