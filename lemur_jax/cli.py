@@ -19,6 +19,7 @@ from lemur_jax.errors import LemurError, UsageError
 EXIT_FAILED_CHECK = 1  # of check
 EXIT_BAD_INPUT = 2
 EXIT_DOES_NOT_FIT = 3  # lemur plan
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 EXIT_TERMINATED = 143  # 128 + SIGTERM: saved and stopped as asked
 
@@ -30,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command; the exit status: 0 done, 1 two models differ or a check failed, 2 bad
-    input, 3 a plan does not fit, 143 stopped by SIGTERM."""
+    input, 3 a plan does not fit, 130 Ctrl-C, 143 stopped by SIGTERM."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, bindings = _parse(argv)
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("lemur: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except (LemurError, OSError) as error:  # OSError: disk full, no permission; names its file
         print(f"lemur: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

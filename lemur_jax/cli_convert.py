@@ -82,7 +82,10 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
         return _export_peft(source, target, options)
     tokens = (options.add_tokens or "").split(",") if options.add_tokens else []
     tokens = CHATML if tokens == ["chatml"] else tuple(tokens)
-    changed = (options.dtype, options.mesh, options.vocab_size, *tokens)
+    changed = (
+        *(options.dtype, options.mesh, options.vocab_size, options.max_shard_bytes),
+        *tokens,
+    )
     if to == kind and not any(changed) and open_source(source).format == kind:
         raise UsageError(f"{source} is already {kind!r}; --to must be another format")
     convert(
@@ -108,7 +111,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     if options.dry_run:
         return 0
     if kind == "hf" and to == "lemur":
-        _note_tokenizer(source)
+        _note_tokenizer(source, options.dtype)
     print(f"wrote {target}")
     return 0
 
@@ -144,6 +147,14 @@ def _parity(options: argparse.Namespace, _: list[str]) -> int:
 def _verify(options: argparse.Namespace) -> int:
     if len(options.paths) != 3:
         raise UsageError("verify takes two models: lemur convert verify A B")
+    taken = {"paths", "dtype", "max_ram", "max_positions", "run", "parser"}
+    given = [
+        f"--{name}"
+        for name, value in vars(options).items()
+        if name not in taken and value != options.parser.get_default(name)
+    ]
+    if given:
+        raise UsageError(f"verify compares two models as they are: remove {', '.join(given)}")
     _leave_accelerators()
     from lemur_jax.convert.plan import parse_bytes
     from lemur_jax.convert.verify import verify
@@ -171,24 +182,27 @@ def _mesh(text: str | None):
         return None
     from lemur_jax.config import MeshConfig
 
-    sizes = {"fsdp": 1}
+    sizes, given = {"fsdp": 1}, set()
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in {field.name for field in dataclasses.fields(MeshConfig)}:
             raise UsageError(f"--mesh={text}: {name!r} is no axis; write --mesh=fsdp=4,tensor=8")
+        if name in given:
+            raise UsageError(f"--mesh={text}: {name} is given twice")
+        given.add(name)
         if not size.isdigit():
             raise UsageError(f"--mesh={text}: {name} needs a number")
         sizes[name] = int(size)
     return MeshConfig(**sizes)
 
 
-def _note_tokenizer(source: str) -> None:
+def _note_tokenizer(source: str, dtype: str | None) -> None:
     """Weights convert without a tokenizer, but nothing can be sampled: say so at once."""
     from lemur_jax.config import ConfigError
     from lemur_jax.convert.hf_source import open_hf
     from lemur_jax.data.tokenizer import Tokenizer
 
-    vocab_size = open_hf(source).config.vocab_size
+    vocab_size = open_hf(source, mixed=dtype).config.vocab_size
     try:
         found = Tokenizer.load(source).vocab_size
     except ConfigError as error:

@@ -14,7 +14,7 @@ from lemur_jax import checkpoint
 from lemur_jax.convert import engine, targets
 from lemur_jax.convert.adapted import adapted_in
 from lemur_jax.convert.chunks import ChunksTarget
-from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place
+from lemur_jax.convert.destination import check_new, journal_of, partial_of, put_in_place, real
 from lemur_jax.convert.errors import ConversionError
 from lemur_jax.convert.hf_config import config_to_hf
 from lemur_jax.convert.hf_output import write_small_files
@@ -29,6 +29,8 @@ from lemur_jax.convert.targets import FilesTarget, Leaf
 from lemur_jax.convert.vocabulary import Resized, lost_rows, resize
 from lemur_jax.convert.wrapped import origin
 from lemur_jax.errors import LemurError
+
+_OTHERS_SECONDS = 60.0  # that other processes have to see a failure: a few blocks
 
 
 def convert(
@@ -64,6 +66,7 @@ def convert(
         raise ConversionError(
             [f"{destination} is not local: convert to a local directory, then copy"]
         )
+    destination = real(destination)
     check_new(destination)
     source: Source = open_source(
         source_path,
@@ -176,11 +179,13 @@ class _Job:
             journal.remove()
         except UnfinishedError:
             raise
-        except OSError:
+        except (OSError, KeyboardInterrupt):
             say(f"stopped: what is written stays in {self.partial}; the same command goes on")
             raise
-        except LemurError:
-            if first and not self.remote:  # trying again would not help
+        except LemurError as error:  # trying again would not help
+            journal.fail(str(error))
+            if first and not self.remote:
+                journal.wait_until_alone(_OTHERS_SECONDS)
                 shutil.rmtree(self.partial, ignore_errors=True)
                 journal.remove()
             raise

@@ -9,10 +9,23 @@ from lemur_jax import checkpoint
 from lemur_jax.convert.errors import ConversionError
 
 
+def real(directory: str | Path) -> str | Path:
+    """Where `directory` leads if it is a link: the result, and what lies beside it until it is
+    whole, belong on the disk that the link points to."""
+    local = "://" not in str(directory)
+    return os.path.realpath(directory) if local and os.path.islink(directory) else directory
+
+
 def check_new(directory: str | Path) -> None:
     """Raises ConversionError if `directory` (local, or gs://) is a file or holds anything."""
     if "://" in str(directory):
         names = [str(step) for step in checkpoint.complete_steps(directory)]
+    elif not str(directory):
+        raise ConversionError(["the destination is an empty name: give a directory"])
+    elif os.path.ismount(directory):
+        raise ConversionError(
+            [f"{directory} is where a disk is mounted, which no rename replaces: give one below it"]
+        )
     elif Path(directory).is_dir():
         names = sorted(path.name for path in Path(directory).iterdir())
     elif Path(directory).exists():

@@ -117,6 +117,8 @@ def config_from_hf(source: dict[str, Any]) -> ModelConfig:
         values[field.ours] = _typed(field, source, problems)
     if values["kv_heads"] is None:
         values["kv_heads"] = values["heads"]
+    if values["heads"] <= 0:
+        problems.append(f"num_attention_heads={values['heads']} must be positive")
     if values["head_dim"] is None and not problems:
         if values["embed"] % values["heads"]:
             problems.append(
@@ -214,7 +216,9 @@ def _unknown_or_not_neutral(source: dict[str, Any]) -> list[str]:
                 "nothing is converted; if transformers' LlamaModel ignores it, remove it"
             )
     architectures = source.get("architectures") or list(_ARCHITECTURES[:1])
-    if any(name not in _ARCHITECTURES for name in architectures):
+    if isinstance(architectures, str):
+        problems.append(f"architectures={architectures!r} must be a list: [{architectures!r}]")
+    elif any(name not in _ARCHITECTURES for name in architectures):
         problems.append(
             f"architectures={architectures!r} is not supported: only {_ARCHITECTURES[0]} is; "
             "load the model with it and save it again"

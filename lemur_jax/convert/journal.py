@@ -5,6 +5,7 @@
     .DST.journal/blocks.I.jsonl one line for each block that process I has written and synced
     .DST.journal/before.I.jsonl lines of earlier runs, until what they say of the files is compared
     .DST.journal/lock.I         held while process I is at work
+    .DST.journal/failed.I       why process I found that the conversion can never succeed
 
 A line is appended only after the data of its block. A torn last line is a block not written.
 """
@@ -23,6 +24,7 @@ from etils import epath
 from lemur_jax.convert.errors import ConversionError
 
 _POLL_SECONDS = 0.2
+_LOCK_TRIES = 3
 
 
 class UnfinishedError(ConversionError):
@@ -70,6 +72,7 @@ class Journal:
         else:
             _wait(path.exists, timeout_seconds, f"process 0 has not written {path}")
         self._take_lock()
+        self._failed(self._process).unlink(missing_ok=True)
         before = self._set_aside()
         if path.exists():
             self._compare(_header(path), json.loads(json.dumps(header)))
@@ -102,7 +105,13 @@ class Journal:
         return lines
 
     def append(self, lines: list[dict]) -> None:
-        """Adds blocks whose data is safe."""
+        """Adds blocks whose data is safe.
+
+        Raises:
+          ConversionError: another process has found that the conversion can never succeed.
+        """
+        if self._local:
+            self._stop_if_failed()
         if not lines:
             return
         self._lines += [json.dumps(line) for line in lines]
@@ -121,10 +130,11 @@ class Journal:
         """Process 0 waits here for the others. Every block's line.
 
         Raises:
-          ConversionError: another process has written nothing for `timeout_seconds`.
+          ConversionError: another process has written nothing for `timeout_seconds`, or has failed.
         """
         since, before = time.monotonic(), -1
         while True:
+            self._stop_if_failed()
             done: dict[int, dict] = {}
             for process in range(self._processes):
                 done |= _lines(self._blocks(process))
@@ -142,23 +152,58 @@ class Journal:
                 )
             time.sleep(_POLL_SECONDS)
 
+    def fail(self, reason: str) -> None:
+        """Tells the other processes that the conversion can never succeed."""
+        if self._processes > 1 and self._folder.exists():
+            _write(self._failed(self._process), reason)
+
+    def wait_until_alone(self, timeout_seconds: float) -> None:
+        """Returns when no other process is at work, or has had time enough to see `fail`."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._local and self._folder.exists() and time.monotonic() < deadline:
+            if all(self._is_absent(process) for process in range(1, self._processes)):
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _stop_if_failed(self) -> None:
+        for process in range(self._processes):
+            path = self._failed(process)
+            if process == self._process or not path.exists():
+                continue
+            problem = f"process {process} has failed: {path.read_text()}"
+            # What it found is true for all; process 0 clears away what is there.
+            raise (UnfinishedError if self._process else ConversionError)([problem])
+
+    def _is_absent(self, process: int) -> bool:
+        with open(self._folder / f"lock.{process}", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
     def of_absent(self) -> dict[int, dict]:
         """Lines of processes that are not at work, so that nobody has compared them: process 0
         must. (Where there are no locks, on object stores, nobody can tell.)"""
         found: dict[int, dict] = {}
         for process in range(1, self._processes if self._local else 1):
-            with open(self._folder / f"lock.{process}", "w") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
+            if self._is_absent(process):
                 found |= _lines(self._blocks(process))
         return found
 
     def wait_until_gone(self, timeout_seconds: float) -> None:
-        """The others wait here until process 0 has made the result whole."""
+        """The others wait here until process 0 has made the result whole.
+
+        Raises:
+          ConversionError: it has not in time, or some process has failed.
+        """
         header = self._folder / "header.json"
-        _wait(lambda: not header.exists(), timeout_seconds, "process 0 has not finished")
+
+        def gone() -> bool:
+            self._stop_if_failed()
+            return not header.exists()
+
+        _wait(gone, timeout_seconds, "process 0 has not finished")
 
     def remove(self) -> None:
         """The result is whole: nothing of the journal stays."""
@@ -175,16 +220,23 @@ class Journal:
         if not self._local:
             return
         self._lock = open(self._folder / f"lock.{self._process}", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise UnfinishedError(
-                [f"another command is at work ({self._folder}): wait for it, or stop it"]
-            ) from None
+        for left in reversed(range(_LOCK_TRIES)):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:  # for an instant it is process 0 that looks who is there
+                if left:
+                    time.sleep(_POLL_SECONDS)
+        self.close()
+        raise UnfinishedError(
+            [f"another command is at work ({self._folder}): wait for it, or stop it"]
+        )
 
     def _blocks(self, process: int) -> epath.Path:
         return self._folder / f"blocks.{process}.jsonl"
+
+    def _failed(self, process: int) -> epath.Path:
+        return self._folder / f"failed.{process}"
 
     def _before(self, process: int) -> epath.Path:
         return self._folder / f"before.{process}.jsonl"

@@ -19,6 +19,11 @@ _KNOWN = {
     *("ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor"),
     *("max_seq_len", "max_batch_size"),
 }
+_NEEDED = ("dim", "n_layers", "n_heads", "norm_eps")
+_POSITIVE = (  # if they are there
+    *("n_kv_heads", "multiple_of", "ffn_dim_multiplier", "rope_theta", "rope_scaling_factor"),
+    "max_seq_len",
+)
 
 
 def open_meta(
@@ -174,10 +179,10 @@ def _as_hf(
     ]
     problems += [
         f"{path}: {key}={params.get(key)!r} must be a positive number"
-        for key in ("dim", "n_layers", "n_heads", "norm_eps")
+        for key in (*_NEEDED, *(k for k in _POSITIVE if params.get(k) is not None))
         if isinstance(params.get(key), bool)
         or not isinstance(params.get(key), (int, float))
-        or params[key] <= 0
+        or not params[key] > 0
     ]
     if max_positions is None:
         max_positions = params.get("max_seq_len")
@@ -200,7 +205,8 @@ def _as_hf(
     mlp = tensors["layers.0.feed_forward.w1.weight"].shape[0]
     if params.get("vocab_size", -1) not in (-1, rows):
         problems.append(
-            f"{path} says vocab_size={params['vocab_size']}, tok_embeddings.weight has {rows} rows"
+            f"{path} says vocab_size={params['vocab_size']!r}, "
+            f"tok_embeddings.weight has {rows} rows"
         )
     stated = _mlp(params)
     if stated not in (None, mlp):
@@ -241,7 +247,7 @@ def _as_hf(
 
 def _mlp(params: dict[str, Any]) -> int | None:
     """Hidden units as Meta's code derives them; None if params.json does not say how."""
-    if "multiple_of" not in params:
+    if params.get("multiple_of") is None:
         return None
     hidden = int(2 * 4 * params["dim"] / 3)
     if params.get("ffn_dim_multiplier") is not None:

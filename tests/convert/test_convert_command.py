@@ -9,6 +9,7 @@ import pytest
 import tiny_hf
 
 from lemur_jax import cli, cli_convert
+from lemur_jax.convert import engine
 
 
 @pytest.fixture
@@ -51,10 +52,40 @@ def test_no_accelerator_is_asked_for(tmp_path, source):
         assert done.returncode == 0, done.stderr
 
 
+def test_layers_of_different_dtypes(capsys, tmp_path):
+    """Red when the source is opened again, for its tokenizer, without --dtype."""
+    weights = tiny_hf.weights()
+    name = "model.layers.1.input_layernorm.weight"
+    weights[name] = weights[name].astype("float16")
+    source = str(tiny_hf.write(tmp_path / "hf", weights))
+    assert cli.main(["convert", source, str(tmp_path / "o")]) == cli.EXIT_BAD_INPUT
+    assert "give --dtype=float32" in capsys.readouterr().err
+    assert cli.main(["convert", source, str(tmp_path / "o"), "--dtype=float32"]) == 0
+
+
+def test_interrupted(capsys, tmp_path, monkeypatch, source):
+    """Red when Ctrl-C is a traceback, or what is written goes."""
+    run = engine.run
+
+    def interrupted(*arguments):
+        run(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    assert cli.main(["convert", source, str(tmp_path / "o")]) == cli.EXIT_INTERRUPTED
+    said = capsys.readouterr()
+    assert "the same command goes on" in said.out and "interrupted" in said.err
+    monkeypatch.setattr(engine, "run", run)
+    assert cli.main(["convert", source, str(tmp_path / "o")]) == 0
+    assert "going on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["verify", "a"], "verify takes two models"),
+        (["verify", "a", "b", "--to=hf", "--mesh=fsdp=2"], "remove --to, --mesh"),
+        (["SRC", "o", "--mesh=tensor=2,tensor=4"], "tensor is given twice"),
         (["a"], "convert takes SRC and DST, 1 paths were given"),
         (["SRC", "o", "--max_ram=lots"], "--max_ram='lots' is no size"),
         (["SRC", "o", "--max_ram=100MiB"], "the least is"),

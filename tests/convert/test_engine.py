@@ -346,6 +346,52 @@ def test_a_process_that_does_not_come(tmp_path, small_blocks):
     assert verify(source, tmp_path / "o") == []
 
 
+@pytest.mark.parametrize("bad", ["model.norm.weight", "lm_head.weight"])
+def test_what_one_process_finds_impossible_ends_all(tmp_path, small_blocks, monkeypatch, bad):
+    """Red when `fail` writes nothing, `append` does not look (the other goes on to write what
+    process 0 has cleared away), or process 0 does not wait: something is left then."""
+    weights = tiny_hf.weights()
+    weights[bad].reshape(-1)[-1] = 1e30
+    source = tiny_hf.write(tmp_path / "hf", weights)
+    said, begun, run = {}, threading.Barrier(2, timeout=30), engine.run
+
+    def together(*arguments):
+        begun.wait()
+        run(*arguments)
+
+    monkeypatch.setattr(engine, "run", together)
+
+    def work(process):
+        options = Options(to="lemur", dtype="float16", processes=2, process=process)
+        with pytest.raises(ConversionError) as raised:
+            convert(source, tmp_path / "o", options)
+        said[process] = str(raised.value)
+
+    workers = [threading.Thread(target=work, args=(i,), daemon=True) for i in (1, 0)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert len(said) == 2 and all("1e+30" in text for text in said.values()), said
+    assert sum("has failed" in text for text in said.values()) <= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_destination_that_is_a_link(tmp_path):
+    """Red when the link is renamed over, or what is unfinished lies beside the link."""
+    source = tiny_hf.write(tmp_path / "hf")
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "dangling"):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / "disk" / name)
+        convert(source, link, Options(to="hf"))
+        assert link.is_symlink() and verify(source, tmp_path / "disk" / name) == []
+    with pytest.raises(ConversionError, match="empty name"):
+        convert(source, "", Options(to="hf"))
+    with pytest.raises(ConversionError, match="where a disk is mounted"):
+        convert(source, "/proc", Options(to="hf"))
+
+
 def test_through_tensorstore_as_on_an_object_store(tmp_path, small_blocks, monkeypatch):
     """Red when `_filled` puts ones behind the array, or a chunk is named by its first element."""
     source = tiny_hf.write(tmp_path / "hf")

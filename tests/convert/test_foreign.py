@@ -276,6 +276,10 @@ def test_damaged_streams(tmp_path, change, words):
         ({"rope_theta": 5e5}, ["rope.freqs", "rope_theta=500000.0"]),
         ({"n_layers": 3}, ["3 layers", "no layer 2"]),
         ({"norm_eps": None}, ["norm_eps=None"]),
+        ({"multiple_of": 0}, ["multiple_of=0 must be a positive number"]),
+        ({"ffn_dim_multiplier": "x"}, ["ffn_dim_multiplier='x' must be a positive number"]),
+        ({"rope_theta": "x"}, ["rope_theta='x' must be a positive number"]),
+        ({"vocab_size": "101"}, ["vocab_size='101'"]),
     ],
 )
 def test_params_that_disagree(tmp_path, params, words):

@@ -103,6 +103,8 @@ def test_every_attribute_of_llama_config_is_in_a_list():
         ({"hidden_size": "4096"}, ["hidden_size='4096'", "int"]),
         ({"num_hidden_layers": True}, ["num_hidden_layers=True", "int"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings=1", "bool"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads=0 must be positive"]),
+        ({"architectures": "LlamaForCausalLM"}, ["must be a list: ['LlamaForCausalLM']"]),
         ({"hidden_size": 18}, ["hidden_size=18", "num_attention_heads=4"]),
         ({"num_key_value_heads": 3}, ["heads=4", "kv_heads=3"]),
         ({"torch_dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
