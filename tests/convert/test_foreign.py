@@ -191,7 +191,8 @@ def test_truncated_torch_files(tmp_path, legacy, keep):
     path = source / "pytorch_model.bin"
     raw = path.read_bytes()
     path.write_bytes(raw[: int(keep * len(raw))])
-    what = "model.* ends at" if legacy and keep > 0.1 else "(damaged|no PyTorch)"
+    # torch lays storages out by their addresses: any tensor may be the one that is cut
+    what = r"weight' \(storage '\d+'\) ends at" if legacy and keep > 0.1 else "(damaged|no PyTorch)"
     with pytest.raises(ConversionError, match=rf"{path}.*{what}"):
         open_source(source)
 
