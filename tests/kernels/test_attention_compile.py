@@ -43,3 +43,12 @@ def test_the_public_function_compiles_for_a_chip_that_is_not_attached():
     """Red when: target_device looks at jax.devices() alone, or the second call is left out."""
     (row,) = compiled("v4", "packed")
     assert row["kernels"] == ["lemur_attention_forward", ONLINE]
+
+
+@pytest.mark.parametrize(("chip", "product_cycles"), [("v4", 306_604), ("v6e", 203_574)])
+def test_v_transposed_costs_nothing_beside_its_projection(chip, product_cycles):
+    """Red when `forward_heads_first` keeps XLA from writing v^T out of the product, as
+    `optimization_barrier(v_KSD)` does (370,092 cycles on v4): what the product takes to write v
+    heads first for a kernel that wants it so is all there may be."""
+    (row,) = compiled(chip, "projected")
+    assert sum(row["outside"].values()) <= 1.01 * product_cycles, row
