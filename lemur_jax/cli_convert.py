@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from lemur_jax.errors import UsageError
 
@@ -111,7 +112,7 @@ def _convert(options: argparse.Namespace, _: list[str]) -> int:
     if options.dry_run:
         return 0
     if kind == "hf" and to == "lemur":
-        _note_tokenizer(source, options.dtype)
+        _note_tokenizer(source)
     print(f"wrote {target}")
     return 0
 
@@ -182,27 +183,27 @@ def _mesh(text: str | None):
         return None
     from lemur_jax.config import MeshConfig
 
-    sizes, given = {"fsdp": 1}, set()
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name not in {field.name for field in dataclasses.fields(MeshConfig)}:
             raise UsageError(f"--mesh={text}: {name!r} is no axis; write --mesh=fsdp=4,tensor=8")
-        if name in given:
+        if name in sizes:
             raise UsageError(f"--mesh={text}: {name} is given twice")
-        given.add(name)
         if not size.isdigit():
             raise UsageError(f"--mesh={text}: {name} needs a number")
         sizes[name] = int(size)
-    return MeshConfig(**sizes)
+    return MeshConfig(**({"fsdp": 1} | sizes))
 
 
-def _note_tokenizer(source: str, dtype: str | None) -> None:
+def _note_tokenizer(source: str) -> None:
     """Weights convert without a tokenizer, but nothing can be sampled: say so at once."""
     from lemur_jax.config import ConfigError
-    from lemur_jax.convert.hf_source import open_hf
+    from lemur_jax.convert.hf_config import config_from_hf
+    from lemur_jax.convert.json_file import read_json
     from lemur_jax.data.tokenizer import Tokenizer
 
-    vocab_size = open_hf(source, mixed=dtype).config.vocab_size
+    vocab_size = config_from_hf(read_json(Path(source) / "config.json")).vocab_size
     try:
         found = Tokenizer.load(source).vocab_size
     except ConfigError as error:

@@ -36,7 +36,7 @@ class DiskFile:
         self.path = str(path)
         self._cached = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
         self._direct: int | None = None
-        self._no_direct = False
+        self._no_direct = not hasattr(os, "O_DIRECT")
         self._lock = threading.Lock()
 
     def write(self, data: memoryview, offset: int) -> None:
@@ -70,7 +70,6 @@ class DiskFile:
 
     def _open_direct(self) -> int | None:
         with self._lock:
-            self._no_direct |= not hasattr(os, "O_DIRECT")
             if self._direct is None and not self._no_direct:
                 try:
                     self._direct = os.open(self.path, os.O_WRONLY | os.O_DIRECT)

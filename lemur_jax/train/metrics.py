@@ -41,29 +41,24 @@ def flops_per_token(
     With adapters it is 4 N + 6 A + 6 L H D T: N are the frozen weights, whose gradient is not
     taken, and A those that are trained.
     """
-    model = decoder.abstract(config)
-    frozen = _multiplied(model, config)
+    weights = _multiplied(decoder.abstract(config), config)
     if adapters is None:
-        products = 6.0 * frozen
+        products = 6.0 * sum(weights.values())
     else:
         trained = _multiplied(lora.abstract(adapters, config), config)
-        replaced = sum(
-            leaf.size
-            for name, leaf in param.flatten(model).items()
-            if name in lora.whole_leaves(adapters, config)
-            and (name != "table" or config.tie_embeddings)
-        )
-        products = 4.0 * (frozen - replaced) + 6.0 * trained
+        replaced = lora.whole_leaves(adapters, config)
+        frozen = sum(size for name, size in weights.items() if name not in replaced)
+        products = 4.0 * frozen + 6.0 * sum(trained.values())
     return products + 6.0 * config.layers * config.heads * config.head_dim * sequence_length
 
 
-def _multiplied(tree: Any, config: ModelConfig) -> int:
-    """How many weights of a model or its adapters a token is multiplied by."""
-    return sum(
-        leaf.size
+def _multiplied(tree: Any, config: ModelConfig) -> dict[str, int]:
+    """The leaves of a model or its adapters that a token is multiplied by, with their sizes."""
+    return {
+        name: leaf.size
         for name, leaf in param.flatten(tree).items()
         if name != "table" or config.tie_embeddings
-    )
+    }
 
 
 def peak_flops(device: jax.Device) -> tuple[float, str]:
