@@ -263,13 +263,16 @@ def test_the_whole_matrix():
 
 
 def test_the_shipped_table_is_one_that_the_kernels_take():
-    """Red if certified.csv has a column that Tiling lacks, or a program larger than the chip."""
+    """Red if certified.csv has a column that Tiling lacks, a program larger than the chip, or lacks
+    a shape of the matrix."""
     table = shapes.certificates()
     assert table
     for c in table:
         assert Tiling(**c.blocks).block % 128 == 0, c
         assert c.vmem_kib * 1024 <= certify.CHIPS[c.shape.chip].vmem_bytes, c
         assert 0 < c.kcycles["segments"] <= 1.6 * c.kcycles["causal"], c
+    matrix = certify.groups(argparse.Namespace(**certify.MATRIX))
+    assert {c.shape for c in table} == {certify._shape(case) for group in matrix for case in group}
     assert len({c.shape for c in table}) == len(table)
 
 
