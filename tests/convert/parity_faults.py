@@ -245,6 +245,47 @@ def memory_never_written(w, c):
     w[of_layer(3, "mlp.gate_proj")] = bits.int().view(torch.float32)
 
 
+def q_transposed_and_not_permuted(w, c):
+    """The permutation was left out, and PyTorch's [out, in] kept as [in, out]."""
+    for name in every("self_attn.q_proj"):
+        w[name] = to_meta(w[name], HEADS).T.reshape(w[name].shape)
+
+
+def q_permuted_after_transposing(w, c):
+    for name in every("self_attn.q_proj"):
+        w[name] = to_meta(w[name].T.reshape(w[name].shape), HEADS)
+
+
+def k_not_permuted_and_scaled(w, c):
+    for name in every("self_attn.k_proj"):
+        w[name] = to_meta(w[name], KV_HEADS) * HEAD_DIM**-0.5
+
+
+def q_not_permuted_and_tiled(w, c):
+    q_not_permuted(w, c)
+    q_heads_tiled(w, c)
+
+
+def o_tiled_and_transposed(w, c):
+    for name in every("self_attn.o_proj"):
+        grouped = w[name].view(-1, KV_HEADS, HEADS // KV_HEADS, HEAD_DIM)
+        w[name] = grouped.transpose(1, 2).reshape(w[name].shape).T.reshape(w[name].shape)
+
+
+def v_for_k_and_interleaved(w, c):
+    for name, other in zip(every("self_attn.k_proj"), every("self_attn.v_proj")):
+        w[name] = to_meta(w[other], KV_HEADS)
+
+
+def gate_is_up_transposed(w, c):
+    for gate, up in zip(every("mlp.gate_proj"), every("mlp.up_proj")):
+        w[gate] = w[up].T
+
+
+def two_tokens_exchanged(w, c):
+    w[EMBED][[7, 290]] = w[EMBED][[290, 7]]
+
+
 GATE_UP = "layers/w_gate+layers/w_up"
 FAULTS = {
     q_not_permuted: [("interleaved", "layers/wq", ALL)],
@@ -294,6 +335,14 @@ FAULTS = {
     fused_rows_taken_in_turn: [("fused_rows", f"layers/w_{w}", ALL) for w in ("gate", "up")],
     never_loaded: [("unexplained", leaf, (3,)) for leaf in ("layers/wv", "layers/w_gate")],
     memory_never_written: [("unexplained", "layers/w_gate", (3,))],
+    q_transposed_and_not_permuted: [("two_mistakes", "layers/wq", ALL)],
+    q_permuted_after_transposing: [("two_mistakes", "layers/wq", ALL)],
+    k_not_permuted_and_scaled: [("two_mistakes", "layers/wk", ALL)],
+    q_not_permuted_and_tiled: [("two_mistakes", "layers/wq", ALL)],
+    o_tiled_and_transposed: [("two_mistakes", "layers/wo", ALL)],
+    v_for_k_and_interleaved: [("two_mistakes", "layers/wk", ALL)],
+    gate_is_up_transposed: [("two_mistakes", "layers/w_gate", ALL)],
+    two_tokens_exchanged: [("exchanged_rows", "table", ())],
     q_and_theta_and_row: [
         ("interleaved", "layers/wq", ALL),
         ("rope_theta", "rope_theta", ()),
@@ -301,6 +350,17 @@ FAULTS = {
     ],
 }
 WORDS = {
+    q_transposed_and_not_permuted: "q_proj of every layer is interleaved (Meta layout), and then "
+    "is transposed (under the shape [128, 64])",
+    q_permuted_after_transposing: "is transposed (under the shape [128, 64]), and then is "
+    "interleaved (Meta layout)",
+    k_not_permuted_and_scaled: "is interleaved (Meta layout), and then is 1/sqrt(head_dim)",
+    q_not_permuted_and_tiled: "and then has its heads in tile order",
+    o_tiled_and_transposed: "in tile order (head h for kv head h % 2), in its columns, and then is "
+    "transposed",
+    v_for_k_and_interleaved: "holds the weights of v_proj, and then is interleaved",
+    gate_is_up_transposed: "holds the weights of up_proj, and then is transposed",
+    two_tokens_exchanged: "embed_tokens has rows 7, 290 in the order 290, 7",
     q_not_permuted: "q_proj of every layer is interleaved (Meta layout)",
     k_permuted_as_q: "k_proj of every layer was permuted from Meta's layout with 8 heads in place "
     "of 2",

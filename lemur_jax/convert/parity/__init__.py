@@ -7,6 +7,7 @@ not, what is the matter.
     compare.py     layer by layer on the same hidden states, with a reasoned budget
     logits.py      KL over the vocabulary by blocks
     diagnose.py    B's weights against A's: which mistake makes one of the other
+    hypotheses.py  the mistakes that make one tensor of another, alone and two at once
     orders.py      the wrong orders of rows, by name
     places.py      tensors that belong in another layer, or have changed places
     vocabulary.py  rows of table and head that are off

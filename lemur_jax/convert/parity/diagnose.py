@@ -2,22 +2,30 @@
 
 Every tensor that differs is tried against each hypothesis on a sample of its rows; the one that
 agrees best is then compared in full, so that a second fault inside the same tensor is found too.
-Nothing is guessed: a tensor that no hypothesis explains is reported as that.
+Two mistakes at once are tried where no single one explains a tensor. Nothing is guessed: a tensor
+that no hypothesis explains is reported as that.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 
-import ml_dtypes
 import numpy as np
 
 from lemur_jax.config import ModelConfig
 from lemur_jax.convert.parity import damage
 from lemur_jax.convert.parity.damage import EXPLAINED
-from lemur_jax.convert.parity.finding import Finding, short_name
-from lemur_jax.convert.parity.orders import describe, fused_orders, head_orders
+from lemur_jax.convert.parity.finding import Finding
+from lemur_jax.convert.parity.hypotheses import (
+    NONE,
+    Hypothesis,
+    heads_in_columns,
+    pairs,
+    single,
+    wrong_orders,
+)
+from lemur_jax.convert.parity.orders import describe
 from lemur_jax.convert.parity.places import Sketches
 from lemur_jax.convert.parity.weights import Weights
 
@@ -26,19 +34,6 @@ _SAMPLED_ROWS = 96
 _ABSURD = 1e3  # difference / size: no training comes that far
 _UNRELATED = 0.3  # correlation
 _DAMAGE = ("bit_flip", "zeros", "not_finite", "damaged")
-
-Rows = Callable[[np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A mistake: `rows(indices)` gives, from A, what B's rows should then be."""
-
-    kind: str
-    what: str
-    fix: str
-    rows: Rows
-    exact: bool = False  # the numbers may be so small that all are close to each other
 
 
 def diagnose_layer(a: Weights, b: Weights, layer: int, sketches: Sketches) -> Iterator[Finding]:
@@ -75,136 +70,91 @@ def diagnose_tensor(leaf, layer, right, found, config, others=lambda: ()) -> Ite
         return
     indices = sample_rows(len(right))
     sample = found[indices]
-    for same in (damage.agree, damage.close):
-        best = _best(leaf, right, found.dtype, config, others, indices, sample, same)
-        if best is not None:
-            hypothesis, _ = best
-            if hypothesis.kind != "none":
-                yield Finding(hypothesis.kind, leaf, layer, hypothesis.what, hypothesis.fix)
-            step = max(1, STEP_ELEMENTS // right.shape[1])
-            harm = damage.assess(
-                len(right),
-                lambda start, stop: hypothesis.rows(np.arange(start, stop)),  # noqa: B023
-                lambda start, stop: found[start:stop],
-                step,
-            )
-            yield from damage.findings(harm, leaf, layer, (right.dtype, found.dtype))
+    best = _best(lambda: single(leaf, right, found.dtype, config, others()), indices, sample)
+    if best is None:
+        finding = by_values(leaf, layer, right, found, config)
+        if finding.kind != "unexplained":
+            yield finding
             return
-    yield from by_values(leaf, layer, right, found, config)
+        best = _best(lambda: pairs(leaf, right, config, others()), indices, sample)
+    if best is None:
+        mistakes = single(leaf, right, found.dtype, config, others())
+        yield _mistaken_and_scaled(leaf, layer, mistakes, indices, sample, config) or finding
+        return
+    if best.kind != NONE:
+        yield Finding(best.kind, leaf, layer, best.what, best.fix)
+    step = max(1, STEP_ELEMENTS // right.shape[1])
+    harm = damage.assess(
+        len(right),
+        lambda start, stop: best.rows(np.arange(start, stop)),
+        lambda start, stop: found[start:stop],
+        step,
+    )
+    yield from damage.findings(harm, leaf, layer, (right.dtype, found.dtype))
 
 
 def _best(
-    leaf, right, dtype, config, others, indices, sample, same
-) -> tuple[Hypothesis, float] | None:
-    """The hypothesis that agrees best with the sample, if any explains it."""
-    best: tuple[Hypothesis, float] | None = None
-    for hypothesis in _hypotheses(leaf, right, dtype, config, others):
-        if hypothesis.exact and same is damage.close:
+    hypotheses: Callable[[], Iterable[Hypothesis]], indices: np.ndarray, sample: np.ndarray
+) -> Hypothesis | None:
+    """The hypothesis that agrees best with the sample, if any explains it; to the bit, or else up
+    to rounding."""
+    for same in (damage.agree, damage.close):
+        best, best_score = None, 0.0
+        for hypothesis in hypotheses():
+            if hypothesis.exact and same is damage.close:
+                continue
+            score = float(same(hypothesis.rows(indices), sample).mean())
+            needed = 0.05 if hypothesis.kind == NONE else EXPLAINED
+            if score >= needed and score > best_score:
+                best, best_score = hypothesis, score
+            if score == 1.0 and hypothesis.kind != NONE:
+                break
+        if best is not None:
+            return best
+    return None
+
+
+def _mistaken_and_scaled(
+    leaf, layer, mistakes: Iterable[Hypothesis], indices, sample, config
+) -> Finding | None:
+    """A mistake about places, and a factor on top of it."""
+    for mistake in mistakes:
+        if mistake.kind == NONE or mistake.exact:
             continue
-        score = float(same(hypothesis.rows(indices), sample).mean())
-        needed = 0.05 if hypothesis.kind == "none" else EXPLAINED
-        if score >= needed and (best is None or score > best[1]):
-            best = hypothesis, score
-        if score == 1.0 and hypothesis.kind != "none":
-            break
-    return best
+        factor = _scale(mistake.rows(indices).astype(np.float64), sample.astype(np.float64))
+        if factor is not None:
+            say, fix = _factor(factor, config)
+            what = f"{mistake.what}, and then is {say} times what it should be"
+            fix = f"undo the second, then the first: {fix}; {mistake.fix}"
+            return Finding("two_mistakes", leaf, layer, what, fix)
+    return None
 
 
-def _hypotheses(leaf, right, dtype, config: ModelConfig, others) -> Iterator[Hypothesis]:
-    rows, columns = right.shape
-    yield Hypothesis("none", "", "", lambda i: right[i])
-    if leaf.rpartition("/")[2] in ("wq", "wk", "wv", "bq", "bk", "bv"):
-        for order in head_orders(leaf, config):
-            yield Hypothesis(
-                order.kind, order.what, order.fix, lambda i, order=order: right[order.order[i]]
-            )
-    if leaf == "layers/wo":
-        for order in head_orders(leaf, config):
-            yield Hypothesis(
-                order.kind,
-                order.what + ", in its columns",
-                order.fix,
-                lambda i, order=order: right[i][:, order.order],
-            )
-    for other, array in others():
-        yield Hypothesis(
-            "exchanged",
-            f"holds the weights of {short_name(other)}",
-            f"exchange {short_name(leaf)} and {short_name(other)}",
-            lambda i, array=array: array[i],
-        )
-        if {leaf, other} == {"layers/w_gate", "layers/w_up"}:
-            gate, up = (right, array) if leaf == "layers/w_gate" else (array, right)
-            for mistake in fused_orders(leaf, rows):
-                yield Hypothesis(
-                    mistake.kind,
-                    mistake.what,
-                    mistake.fix,
-                    lambda i, gate=gate, up=up, order=mistake.order: np.where(
-                        (order[i] < rows)[:, None], gate[order[i] % rows], up[order[i] % rows]
-                    ),
-                )
-    if columns > 1 and rows > 1:
-        yield Hypothesis(
-            "transposed",
-            "is transposed"
-            + ("" if rows == columns else f" (under the shape [{rows}, {columns}])"),
-            "transpose it",
-            # B's numbers, read in order, are those of A's transpose.
-            lambda i: _transposed(right, i),
-        )
-    yield from misread(right, dtype)
-
-
-def misread(right: np.ndarray, dtype: np.dtype) -> Iterator[Hypothesis]:
-    """The right bits, taken for something else; B stores the result as `dtype`."""
-
-    def swapped(i: np.ndarray) -> np.ndarray:
-        bits = right[i].astype(dtype).view(f"u{dtype.itemsize}")
-        return bits.byteswap().view(dtype)
-
-    yield Hypothesis(
-        "byte_order",
-        "has the bytes of every number in reverse order",
-        "read it as little-endian, as safetensors and every file here is",
-        swapped,
-        exact=True,
-    )
-    half, brain = np.dtype("float16"), np.dtype(ml_dtypes.bfloat16)
-    for stored, read in ((half, brain), (brain, half)):
-        yield Hypothesis(
-            "misread",
-            f"holds the bits of {stored.name}, read as {read.name}",
-            f"read it as {stored.name} and write it again",
-            lambda i, stored=stored, read=read: right[i].astype(stored).view(read).astype(dtype),
-            exact=True,
-        )
-
-
-def _transposed(right: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    flat = rows[:, None] * right.shape[1] + np.arange(right.shape[1])
-    return right[flat % right.shape[0], flat // right.shape[0]]
-
-
-def by_values(leaf, layer, right, found, config) -> Iterator[Finding]:
-    """Findings when no hypothesis about places fits: values changed, or an unknown order."""
-    indices = sample_rows(len(right))
-    x, y = (array[indices].astype(np.float64) for array in (right, found))
+def _scale(x: np.ndarray, y: np.ndarray) -> float | None:
+    """The factor that makes y of x, float64, if one does; what is not finite in either is left."""
     finite = np.isfinite(x) & np.isfinite(y)
     x, y = np.where(finite, x, 0), np.where(finite, y, 0)
     factor = float((x * y).sum() / max((x * x).sum(), 1e-300))
-    name = leaf.rpartition("/")[2]
-    if factor and damage.close(factor * x, y).mean() > EXPLAINED:
+    return factor if factor and damage.close(factor * x, y).mean() > EXPLAINED else None
+
+
+def by_values(leaf, layer, right, found, config) -> Finding:
+    """What no hypothesis about places explains: values changed, or an unknown order."""
+    indices = sample_rows(len(right))
+    x, y = (array[indices].astype(np.float64) for array in (right, found))
+    if (factor := _scale(x, y)) is not None:
         say, fix = _factor(factor, config)
-        yield Finding("scaled", leaf, layer, f"is {say} times what it should be", fix)
-    elif "norm" in name and damage.close(x + np.median(y - x), y).mean() > EXPLAINED:
+        return Finding("scaled", leaf, layer, f"is {say} times what it should be", fix)
+    finite = np.isfinite(x) & np.isfinite(y)
+    x, y = np.where(finite, x, 0), np.where(finite, y, 0)
+    if "norm" in leaf.rpartition("/")[2]:
         shift = float(np.median(y - x))
-        what = f"is {shift:+.6g} off in every element"
-        yield Finding("offset", leaf, layer, what, "some models store a norm's scale minus one")
-    elif (text := _unknown_order(right, found)) is not None:
-        yield Finding("reordered", leaf, layer, text, "put it back in order")
-    else:
-        yield _unexplained(leaf, layer, x, y, float(finite.mean()))
+        if damage.close(x + shift, y).mean() > EXPLAINED:
+            what, fix = f"is {shift:+.6g} off in every element", "some models store scale minus one"
+            return Finding("offset", leaf, layer, what, fix)
+    if (reordered := _reordered(leaf, layer, right, found, config)) is not None:
+        return reordered
+    return _unexplained(leaf, layer, x, y, float(finite.mean()))
 
 
 def _unexplained(leaf, layer, x: np.ndarray, y: np.ndarray, finite: float) -> Finding:
@@ -228,8 +178,8 @@ def _unexplained(leaf, layer, x: np.ndarray, y: np.ndarray, finite: float) -> Fi
         )
     elif abs(alike) < _UNRELATED:
         fix = (
-            "unrelated numbers: another model's, random (never loaded), or in an order that is not "
-            "among those tried; write it again from its source"
+            "unrelated numbers: another model's, random (never loaded), or the right ones after "
+            "mistakes that are not among those tried; write it again from its source"
         )
     else:
         fix = "compare how the two were made; a trained model differs from its start like this"
@@ -250,8 +200,8 @@ def _factor(factor: float, config: ModelConfig) -> tuple[str, str]:
     return f"{factor:.6g}", "divide by that"
 
 
-def _unknown_order(right: np.ndarray, found: np.ndarray) -> str | None:
-    """The order of rows or of columns, if B has A's in some order."""
+def _reordered(leaf, layer, right: np.ndarray, found: np.ndarray, config) -> Finding | None:
+    """If B has A's rows or columns in some order: two orders that are known, or that one."""
     if right.dtype != found.dtype:
         return None
     for things, x, y in (("rows", right, found), ("columns", right.T, found.T)):
@@ -261,8 +211,17 @@ def _unknown_order(right: np.ndarray, found: np.ndarray) -> str | None:
         by_hash = np.argsort(hx, kind="stable")
         places = np.searchsorted(hx[by_hash], hy)
         order = by_hash[np.minimum(places, len(hx) - 1)]
-        if (hx[order] == hy).mean() >= EXPLAINED and len(np.unique(order)) > len(order) * 0.9:
-            return describe(order, things)
+        if (hx[order] == hy).mean() < EXPLAINED or len(np.unique(order)) <= len(order) * 0.9:
+            continue
+        known = (
+            wrong_orders(leaf, config) if (things == "columns") == heads_in_columns(leaf) else []
+        )
+        for first, second in itertools.product(known, repeat=2):
+            if np.array_equal(first.order[second.order], order):
+                what = f"{first.what}, and then {second.what}"
+                fix = f"undo the second, then the first: {second.fix}; {first.fix}"
+                return Finding("two_mistakes", leaf, layer, what, fix)
+        return Finding("reordered", leaf, layer, describe(order, things), "put it back in order")
     return None
 
 

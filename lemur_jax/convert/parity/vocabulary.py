@@ -16,6 +16,8 @@ from lemur_jax.convert.parity.diagnose import (
 from lemur_jax.convert.parity.finding import Finding, short_name
 from lemur_jax.convert.parity.weights import Weights
 
+_EXCHANGED = 1024  # rows at most that are looked for among each other
+_SHOWN = 8
 _SHIFTS = tuple(sign * rows for rows in range(1, 9) for sign in (1, -1))
 
 
@@ -46,7 +48,7 @@ def _vocabulary(a: Weights, b: Weights, leaf: str, rows: int) -> Iterator[Findin
             what, fix = f"holds the rows of {short_name(other)}", "exchange them, or untie them"
             yield Finding("exchanged", leaf, None, what, fix)
         else:
-            yield from by_values(leaf, None, right, sample, a.config)
+            yield by_values(leaf, None, right, sample, a.config)
         return
     first = 0
     if shift:
@@ -77,7 +79,29 @@ def _vocabulary(a: Weights, b: Weights, leaf: str, rows: int) -> Iterator[Findin
 
     step = max(1, STEP_ELEMENTS // a.config.embed)
     harm = damage.assess(rows, expected, lambda start, stop: b.rows(leaf, start, stop), step)
+    if not shift and (exchanged := _exchanged(a, b, leaf, sorted(harm.rows))):
+        yield exchanged
+        return
     yield from damage.findings(harm, leaf, None, (a.dtype(leaf), b.dtype(leaf)))
+
+
+def _exchanged(a: Weights, b: Weights, leaf: str, rows: list[int]) -> Finding | None:
+    """If the rows that are wrong are each other's."""
+    if not 2 <= len(rows) <= _EXCHANGED:
+        return None
+    right, found = a.take(leaf, np.array(rows)), b.take(leaf, np.array(rows))
+    alike = np.array([damage.agree(right, row[None]).mean(axis=1) for row in found])
+    places = alike.argmax(axis=1)
+    if alike.max(axis=1).min() < EXPLAINED or len(set(places)) < len(rows):
+        return None
+    shown, theirs = rows[:_SHOWN], [rows[place] for place in places[:_SHOWN]]
+    more = ", ..." if len(rows) > _SHOWN else ""
+    what = (
+        f"has rows {', '.join(map(str, shown))}{more} in the order "
+        f"{', '.join(map(str, theirs))}{more}"
+    )
+    fix = "put them back in order: the ids of these tokens were exchanged"
+    return Finding("exchanged_rows", leaf, None, what, fix)
 
 
 def _shift(a: Weights, leaf: str, indices: np.ndarray, sample: np.ndarray, rows: int) -> int:
