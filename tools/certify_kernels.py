@@ -5,11 +5,11 @@
     python tools/certify_kernels.py --check 5    # compile 5 lines again and compare
     python tools/certify_kernels.py --summary    # what --out holds; compiles nothing
 
-A shape of 4096 tokens is compiled with the candidates of kernel_cases.candidates in their order,
-until the compiler accepted one of each of --accept block sizes; the one with the fewest predicted
-cycles, all masks together, is certified.
-Other lengths try candidates of that one's size first (below 4096 also their own first one, for
-which 4096 may have had no room), and are compiled all the same. Every result is kept as a line of
+A shape is compiled with the candidates of kernel_cases.candidates in their order, until the
+compiler accepted one of each of --accept block sizes; the one with the fewest predicted cycles, all
+masks together, is certified. 4096 tokens come first, and the other lengths begin with what was best
+there (below 4096 they also try their own first one, for which 4096 may have had no room): the best
+block of one length is not that of another. Every result is kept as a line of
 --journal, so a second run compiles only what is missing: what was compiled from other kernel code
 (kernel_cases.fingerprint) or by another compiler is not taken from there, and never stays in a
 table under a stamp that is not its own: such lines are left out by --drop_old alone.
@@ -50,7 +50,7 @@ MATRIX = {
     "dtype": DTYPES,
     "direction": DIRECTIONS,
 }
-REFERENCE = 4096  # the length at which all candidates are compared
+REFERENCE = 4096  # the length that comes first
 BUILDER = "kernel_cases:build"
 
 
@@ -161,23 +161,20 @@ def run(matrix: list[list[Case]], builder, options, console: Console) -> dict[Ca
 def certify_group(group: list[Case], candidates, ask, accept: int):
     """Yields (case, [(blocks, result)]) of one program at several lengths; see the module."""
 
-    def first(case: Case, order: list[dict], wanted: int) -> list[tuple[dict, dict]]:
-        tried: list[tuple[dict, dict]] = []
+    def compare(case: Case, order: list[dict], wanted: int) -> list[tuple[dict, dict]]:
+        """Attempts until `wanted` block sizes were accepted, one program of each."""
+        tried, sizes = [], set()
         for blocks in order:
-            tried.append((blocks, ask(case, blocks)))
-            if sum(result["ok"] for _, result in tried) == wanted:
-                break
+            if blocks.get("block") not in sizes and len(sizes) < wanted:
+                tried.append((blocks, ask(case, blocks)))
+                sizes |= {blocks.get("block")} if tried[-1][1]["ok"] else set()
         return tried
 
     def size(blocks: dict) -> tuple:
         return blocks.get("block"), blocks.get("heads")
 
     reference = min(group, key=lambda case: abs(case.seq - REFERENCE))
-    tried, sizes = [], set()
-    for blocks in candidates(reference):
-        if blocks.get("block") not in sizes and len(sizes) < accept:
-            tried.append((blocks, ask(reference, blocks)))
-            sizes |= {blocks.get("block")} if tried[-1][1]["ok"] else set()
+    tried = compare(reference, candidates(reference), accept)
     yield reference, tried
     accepted = sorted((pair for pair in tried if pair[1]["ok"]), key=lambda pair: total(pair[1]))
     rank = {size(blocks): place for place, (blocks, _) in reversed([*enumerate(accepted)])}
@@ -186,9 +183,9 @@ def certify_group(group: list[Case], candidates, ask, accept: int):
             continue
         own = candidates(case)
         ranked = sorted(own, key=lambda blocks: rank.get(size(blocks), len(rank)))
-        tried = first(case, ranked, 1)
+        tried = compare(case, ranked, accept)
         if case.seq < reference.seq:  # what the reference had no room for may fit here
-            tried += first(case, own, 1)
+            tried += compare(case, own, 1)
         yield case, tried
 
 

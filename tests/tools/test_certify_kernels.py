@@ -55,19 +55,19 @@ def _best(tried: list) -> tuple | None:
 
 def test_lengths_try_the_candidates_of_the_reference_best_first():
     """Red if certify_group ranks by the candidates' order, or total leaves out packed rows (30, 4
-    would win), or what had no room is dropped."""
+    would win), or what had no room is dropped, or another length compares one block size only."""
     found, asked = _attempts({512: 8, 2048: 4, 4096: 4, 8192: 2, 32768: 0}, accept=2)
     assert {seq: _best(tried) for seq, tried in found.items()} == {
         512: (30, 8),  # more room than the reference: its own first one as well
         2048: (20, 4),
         4096: (20, 4),
-        8192: (30, 2),  # 20, 4 and 30, 4 have no room; then in their order
+        8192: (20, 2),  # 20, 4 and 30, 4 have no room; then in their order
         32768: None,
     }
     tried = {n: [(b, h) for seq, b, h in asked if seq == n] for n in found}
     assert tried[4096] == [(30, 8), (30, 4), (20, 8), (20, 4)]  # two block sizes accepted
-    assert tried[512] == [(20, 4), (30, 8)]
-    assert tried[8192] == [(20, 4), (30, 4), (30, 8), (30, 2)]
+    assert tried[512] == [(20, 4), (30, 4), (30, 8)]
+    assert tried[8192] == [(20, 4), (30, 4), (30, 8), (30, 2), (20, 8), (20, 2)]
     assert len(tried[32768]) == 9
 
 
