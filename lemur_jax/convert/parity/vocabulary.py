@@ -16,7 +16,7 @@ from lemur_jax.convert.parity.diagnose import (
 from lemur_jax.convert.parity.finding import Finding, short_name
 from lemur_jax.convert.parity.weights import Weights
 
-_EXCHANGED = 1024  # rows at most that are looked for among each other
+_EXCHANGED = 64  # rows at most that are looked for among each other
 _SHOWN = 8
 _SHIFTS = tuple(sign * rows for rows in range(1, 9) for sign in (1, -1))
 
