@@ -4,18 +4,23 @@ import math
 import numbers
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def number(name: str, value, *, least: float = -math.inf, above: float = -math.inf, fix: str = ""):
-    """A finite real number as a float; not a bool, not an array, not a tracer.
+    """A real number that is finite in float32, as a float; not a bool, an array or a tracer.
 
     Raises:
       ValueError: it is something else, or smaller than `least`, or not larger than `above`.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value) or value < least or value <= above:
+    with np.errstate(over="ignore"):
+        as_float32 = float(np.float32(value)) if real else math.nan
+    if not math.isfinite(as_float32) or as_float32 < least or as_float32 <= above:
         bound = "from 0 on" if least == 0 else "above 0" if above == 0 else ""
         legal = " ".join(filter(None, ("a finite number", bound, fix)))
+        if real and as_float32 != value and math.isfinite(value):
+            legal += f"; in float32 it is {as_float32}"
         raise ValueError(f"{name}={value!r} must be {legal}")
     return float(value)
 
@@ -28,7 +33,10 @@ def integer(name: str, value, least: int, most: int = 2**31 - 1, fix: str = "") 
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not least <= value <= most:
-        legal = f"an integer from {least} on" if most == 2**31 - 1 else f"in {least}..{most}"
+        if most == 2**31 - 1 and not (whole and value > most):
+            legal = f"an integer from {least} on"
+        else:
+            legal = f"in {least}..{most}"
         raise ValueError(" ".join(filter(None, (f"{name}={value!r} must be {legal}", fix))))
     return int(value)
 

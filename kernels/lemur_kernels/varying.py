@@ -1,7 +1,22 @@
-"""One shard_map type for all inputs of a custom gradient."""
+"""shard_map's types: which axes of a mesh a value may differ over."""
 
 import jax
 import jax.numpy as jnp
+
+
+def refuse_varying(implementation: str, *arrays: jax.Array) -> None:
+    """For kernels whose results carry no such type.
+
+    Raises:
+      ValueError: inside shard_map with check_vma=True, JAX's default.
+    """
+    axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in arrays))
+    if axes:
+        raise ValueError(
+            f"implementation={implementation!r} inside shard_map over {', '.join(sorted(axes))}: "
+            "its kernels cannot say over which axes their results differ; pass check_vma=False to "
+            "shard_map"
+        )
 
 
 def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -14,6 +29,8 @@ def varying_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     the type of both; XLA drops it. (jax.lax.pcast would say the same, but the attribute that
     lists an array's axes has had two names between jax 0.8 and 0.10.)
     """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays  # not inside shard_map; an Explicit axis would not let one element be read
     number = jnp.float32(0)
     for array in arrays:
         number = jax.lax.select(False, array[(0,) * array.ndim].astype(jnp.float32), number)

@@ -277,6 +277,37 @@ def test_bf16_in_bf16_out(implementation):
 
 
 @pytest.mark.parametrize("implementation", ON_CPU)
+def test_16_bits_are_not_rounded_after_scaling(implementation):
+    """Red when: chunked scales 16-bit queries before the product."""
+    q, k, v, dout = qkv(T=43, D=12, dtype=jnp.bfloat16)
+    q *= 30
+    positions, segments = packed_rows([20, 15], [43], T=43)
+    rows64 = (positions, positions, segments, segments)
+    want = float64(*(x.astype(jnp.float32) for x in (q, k, v, dout)), rows64)
+    got = everything(implementation, q, k, v, dout, positions, segments, packed=True)
+    for name, a in zip(("out", "lse", "dq", "dk", "dv"), got):
+        b = getattr(want, name)
+        seen = np.isfinite(b)
+        error = np.linalg.norm(a.astype(np.float64)[seen] - b[seen]) / np.linalg.norm(b[seen])
+        assert error < 2e-2, (name, error)
+    half = [jnp.full((1, 2, 1, 1), x, jnp.float16) for x in (1000.0, 0.0, 0.0)]
+    half[1], half[2] = (x.at[0, 1].set(1) for x in half[1:])
+    out = attend(*half, *packed_rows([2], T=2), implementation, scale=100.0)  # 1e5: inf in f16
+    assert np.array_equal(np.ravel(out), [0, 1])
+
+
+def test_chunked_on_a_mesh_with_explicit_axes():
+    """Red when: varying_alike reads one element of an array that lies on several devices."""
+    q, k, v, _ = qkv()
+    rows = packed_rows([40], [10, 20], T=40)
+    want = attend(q, k, v, *rows, "chunked")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis, devices=jax.devices()[:2])):
+        parts = [jax.device_put(x, jax.P("data")) for x in (q, k, v, *rows)]
+        np.testing.assert_allclose(attend(*parts, "chunked"), want, **F32)
+
+
+@pytest.mark.parametrize("implementation", ON_CPU)
 def test_under_scan_checkpoint_and_shard_map(implementation):
     """Red when: varying_alike goes. Queries are cut over two devices, keys are whole on both."""
     q, k, v, _ = qkv(T=44)
@@ -349,6 +380,12 @@ def test_chunked_memory_is_linear_in_the_length(monkeypatch):
         ({"window": 0}, "window=0 must be an integer from 1 on"),
         ({"window": 2.0}, "window=2.0 must be an integer"),
         ({"window": True}, "window=True must be an integer"),
+        ({"window": 2**31}, "window=2147483648 must be in 1..2147483647 or None"),
+        ({"soft_cap": 1e39}, "above 0 or None for no cap; in float32 it is inf"),
+        ({"soft_cap": 1e-50}, "above 0 or None for no cap; in float32 it is 0.0"),
+        ({"scale": 1e300}, "scale=1e[+]300 must be a finite number; in float32 it is inf"),
+        ({"segments": np.ones((2, 40), np.int64)}, "q_segments_BT is int64, which int32 would cut"),
+        ({"segments": jnp.ones((2, 40), jnp.uint32)}, r"pass q_segments_BT.astype\(jnp.int32\)"),
         ({"soft_cap": -1.0}, "soft_cap=-1.0 must be a finite number above 0 or None for no cap"),
         ({"soft_cap": np.inf}, "soft_cap=inf must be a finite number above 0"),
         ({"soft_cap": "2"}, "soft_cap='2' must be a finite number"),

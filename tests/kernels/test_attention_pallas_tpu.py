@@ -146,6 +146,32 @@ def test_bf16(is_packed):
     np.testing.assert_allclose(got.lse, expected(options, inputs, rows).lse, rtol=2e-5, atol=2e-5)
 
 
+def test_under_x64():
+    """Red when: `without_x64` goes from forward or backward."""
+    rows, inputs = packed([40, 60], [95], T=100), qkv(**SHAPE)
+    want = run(*PLAIN, inputs, rows)
+    with jax.enable_x64(True):
+        got = run(*PLAIN, inputs, rows)
+    for a, b in zip(got, want):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_shard_map_that_checks_axes_is_told_not_to(implementation):
+    """Red when: refuse_varying goes from api.prepared: JAX's own error tells no fix."""
+    q, k, v, _ = qkv(**SHAPE)
+    rows = packed([100], [100], T=100)._asdict()
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+
+    def local(q, k, v, rows):
+        return attention(q, k, v, **rows, packed=True, implementation=implementation)
+
+    rows = {name: rows[name] for name in Rows._fields}
+    with pytest.raises(ValueError, match="inside shard_map over data: .*; pass check_vma=False"):
+        specs = {"in_specs": jax.P("data"), "out_specs": jax.P("data")}
+        jax.shard_map(local, mesh=mesh, **specs)(q, k, v, rows)
+
+
 def test_backward_takes_the_lse_that_it_is_given():
     """Red when: the backward kernel normalises by itself. Half of the keys at a time, as in a
     ring, with out and lse of all keys."""

@@ -182,6 +182,25 @@ def test_weight_zero_hides_a_token():
     assert np.any(dx[0])
 
 
+def test_under_x64():
+    """Red when: `without_x64` goes from project or logits_gradient."""
+    args = inputs(0)
+    f = jax.value_and_grad(lambda x, w: call()(x, w, *args[2:]).loss, (0, 1))
+    want = f(*args[:2])
+    with jax.enable_x64(True):
+        got = f(*args[:2])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_shard_map_that_checks_axes_is_told_not_to():
+    """Red when: refuse_varying goes from cross_entropy."""
+    mesh = jax.sharding.Mesh(jax.devices()[:2], ("data",))
+    specs = {"in_specs": (jax.P("data"), jax.P(), jax.P("data"), jax.P("data"))}
+    with pytest.raises(ValueError, match="inside shard_map over data: .*; pass check_vma=False"):
+        jax.shard_map(call(), mesh=mesh, **specs, out_specs=jax.P())(*inputs(0))
+
+
 def test_same_bits_twice():
     """Red when: the sums depend on anything but the inputs (a scratch that is not set)."""
     args = inputs(6, jnp.bfloat16)

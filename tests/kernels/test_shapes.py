@@ -82,7 +82,7 @@ def test_a_shape_takes_the_nearest_certificate_that_holds_it(path, fields, expec
         ({"chip": "v3"}, "chip=v3 .*nearest supported: v4, v6e; certify it"),
         ({"dtype": "float16"}, "dtype=float16 .*nearest supported: bfloat16, float32; cast"),
         ({"head_dim": 80}, "head_dim=80 .*nearest supported: 128; pad q, k and v with zeros"),
-        ({"head_dim": 320}, "head_dim=320 .*nearest supported: 256;"),
+        ({"head_dim": 320}, "head_dim=320 .*nearest supported: 256, less than that"),
         (
             {"heads": 32},
             "heads / kv_heads=4 .*nearest supported: 1; repeat each kv head 4 times, 32 in all",
@@ -101,7 +101,8 @@ def test_a_shape_takes_the_nearest_certificate_that_holds_it(path, fields, expec
         ),
         ({"seq": 9000}, "seq=9000 .*nearest supported: 8192; split the row"),
         ({"direction": "backward", "seq": 8192}, "seq=8192 .*nearest supported: 4096;"),
-        ({"chip": "v6e", "head_dim": 64}, "head_dim=64 .*nearest supported: 128;"),
+        ({"chip": "v6e", "head_dim": 64}, "head_dim=64 .*nearest supported: 128; pad q, k"),
+        ({"chip": "v6e", "head_dim": 512}, "head_dim=512 .*nearest supported: 128, less than that"),
     ],
 )
 def test_outside_the_table_is_an_error_that_helps(path, fields, message):
@@ -132,5 +133,5 @@ def test_padding_heads_as_told_is_certified(path, fields):
 def test_devices():
     """Red if "TPU v5 lite" reads as v5p."""
     assert [shapes.chip_of(kind) for kind in ("TPU v5 lite", "TPU v5")] == ["v5e", "v5p"]
-    with pytest.raises(ValueError, match="device_kind='cpu' has no certified kernels; supported"):
+    with pytest.raises(ValueError, match="device_kind='cpu' has no .*trace under jax.set_mesh"):
         shapes.chip_of("cpu")

@@ -25,7 +25,7 @@ from lemur_kernels import arguments
 from lemur_kernels.attention import chunked, cudnn, reference
 from lemur_kernels.attention.mask import Options, Rows
 from lemur_kernels.differentiation import no_derivative
-from lemur_kernels.varying import varying_alike
+from lemur_kernels.varying import refuse_varying, varying_alike
 
 IMPLEMENTATIONS = ("reference", "chunked", "cudnn", "pallas_gpu", "pallas_tpu")
 # What the backward pass reads besides q, k and v. A jax.checkpoint policy that saves both names
@@ -59,9 +59,10 @@ def attention(
     Args:
       q_BTHD: queries, f32, bf16 or (not "pallas_tpu") f16; "cudnn" takes 16 bits only.
       k_BSKD, v_BSKD: keys and values, the queries' dtype; K divides H.
-      q_positions_BT, kv_positions_BS: place of each token in its document, integers from 0.
-      q_segments_BT, kv_segments_BS: document of each token, integers; 0 is padding or a free slot,
-        and -2^31 is reserved.
+      q_positions_BT, kv_positions_BS: place of each token in its document, integers from 0, int32
+        or narrower.
+      q_segments_BT, kv_segments_BS: document of each token, int32 or narrower; 0 is padding or a
+        free slot, and -2^31 is reserved.
       packed: the caller's promise that T == S, queries and keys are the same tokens, documents
         are contiguous and positions grow by one inside each (training, prefill), so nothing
         visible lies above the diagonal. False makes no promise (decoding against a cache).
@@ -197,6 +198,8 @@ def prepared(
     """
     options = checked(q_BTHD, k_BSKD, v_BSKD, rows, packed, scale, window, soft_cap)
     implementation_named(implementation)
+    if implementation.startswith("pallas"):
+        refuse_varying(implementation, q_BTHD, k_BSKD, v_BSKD, *rows)
     q_BTHD, k_BSKD, v_BSKD, *rows = varying_alike(
         q_BTHD, k_BSKD, v_BSKD, *(x.astype(jnp.int32) for x in rows)
     )
@@ -231,6 +234,11 @@ def checked(q_BTHD, k_BSKD, v_BSKD, rows: Rows, packed: bool, scale, window, sof
         raise ValueError(f"packed=True promises T == S; got T={T}, S={S}: pass packed=False")
     for name, x, shape in zip(Rows._fields, rows, ((B, T), (B, S)) * 2):
         arguments.integers(name, x, shape)
+        if jnp.iinfo(x.dtype).max > jnp.iinfo(jnp.int32).max:
+            raise ValueError(
+                f"{name} is {x.dtype}, which int32 would cut: pass {name}.astype(jnp.int32), with "
+                "numbers that it holds"
+            )
     if window is not None:
         window = arguments.integer("window", window, 1, fix="or None for no window")
     if soft_cap is not None:

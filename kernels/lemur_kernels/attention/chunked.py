@@ -38,8 +38,8 @@ def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options) -> tuple[jax.A
     """See api.py."""
     B, T, H = q_BTHD.shape[:3]
     block = min(QUERY_BLOCK, T)
-    # Scaling the queries costs T D products, scaling the scores T S.
-    q_BKGTD = _heads_first(_padded((q_BTHD * options.scale).astype(q_BTHD.dtype), block), k_BSKD)
+    scaled_BTHD, factor = _scaled(q_BTHD, options.scale)
+    q_BKGTD = _heads_first(_padded(scaled_BTHD, block), k_BSKD)
     q_rows = [_padded(x, block) for x in (rows.q_positions_BT, rows.q_segments_BT)]
     k_BKSD, v_BKSD = k_BSKD.swapaxes(1, 2), v_BSKD.swapaxes(1, 2)
     outs, lses = [], []
@@ -50,7 +50,7 @@ def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options) -> tuple[jax.A
             k_BKCD, v_BKCD = k_BKSD[:, :, keys], v_BKSD[:, :, keys]
             visible_BQC = _visible_BQC(positions_BQ, segments_BQ, rows, keys, options)
             scores_BKGQC = einsum_f32("BKGQD,BKCD->BKGQC", q_BKGQD, k_BKCD)
-            scores_BKGQC, _ = _capped(scores_BKGQC, options.soft_cap)
+            scores_BKGQC, _ = _capped(scores_BKGQC * factor, options.soft_cap)
             scores_BKGQC = jnp.where(visible_BQC[:, None, None], scores_BKGQC, -jnp.inf)
             top_BKGQ = scores_BKGQC.max(-1)
             top_BKGQ = jnp.where(top_BKGQ == -jnp.inf, 0, top_BKGQ)
@@ -80,7 +80,7 @@ def backward(
     delta_BTH1 = jnp.sum(
         dout_BTHD.astype(jnp.float32) * out_BTHD.astype(jnp.float32), -1, keepdims=True
     )
-    scaled_BTHD = (q_BTHD * options.scale).astype(q_BTHD.dtype)
+    scaled_BTHD, factor = _scaled(q_BTHD, options.scale)
     q_BKGTD, dout_BKGTD, delta_BKGT1, lse_BKGT1 = (
         _heads_first(_padded(x, block), k_BSKD)
         for x in (scaled_BTHD, dout_BTHD, delta_BTH1, lse_BHT.swapaxes(1, 2)[..., None])
@@ -97,7 +97,7 @@ def backward(
             k_BKCD, v_BKCD = k_BKSD[:, :, keys], v_BKSD[:, :, keys]
             visible_BQC = _visible_BQC(positions_BQ, segments_BQ, rows, keys, options)
             scores_BKCGQ = einsum_f32("BKCD,BKGQD->BKCGQ", k_BKCD, q_BKGQD)
-            scores_BKCGQ, slope_BKCGQ = _capped(scores_BKCGQ, options.soft_cap)
+            scores_BKCGQ, slope_BKCGQ = _capped(scores_BKCGQ * factor, options.soft_cap)
             mask_B1C1Q = visible_BQC.swapaxes(1, 2)[:, None, :, None]
             scores_BKCGQ = jnp.where(mask_B1C1Q, scores_BKCGQ, -jnp.inf)
             p_BKCGQ = jnp.exp(scores_BKCGQ - lse_BKGQ[:, :, None])
@@ -121,7 +121,7 @@ def backward(
         dk_BKSD, dv_BKSD = _put(dk_BKSD, keys, dk_BKCD), _put(dv_BKSD, keys, dv_BKCD)
         dqs.append(_join(dq_NBKDGQ, axis=4))
     dq_BTHD = _tokens_first(jnp.concatenate(dqs, -1).transpose(0, 1, 3, 4, 2))[:, :T]
-    dk_BSKD = dk_BKSD.swapaxes(1, 2).astype(k_BSKD.dtype)
+    dk_BSKD = (dk_BKSD * factor).swapaxes(1, 2).astype(k_BSKD.dtype)
     dv_BSKD = dv_BKSD.swapaxes(1, 2).astype(v_BSKD.dtype)
     return dq_BTHD, dk_BSKD, dv_BSKD
 
@@ -143,6 +143,15 @@ def _visible_BQC(positions_BQ, segments_BQ, rows: Rows, keys: slice, options: Op
     kv_positions_BC, kv_segments_BC = rows.kv_positions_BS[:, keys], rows.kv_segments_BS[:, keys]
     block_rows = Rows(positions_BQ, kv_positions_BC, segments_BQ, kv_segments_BC)
     return visible_BTS(block_rows, options.window)
+
+
+def _scaled(q_BTHD, scale: float):
+    """Queries for the products, and the factor that is left for the f32 scores.
+
+    Scaling the queries costs T D products, scaling the scores T S; but 16 bits would round them,
+    and float16 overflow.
+    """
+    return (q_BTHD * scale, 1.0) if q_BTHD.dtype == jnp.float32 else (q_BTHD, scale)
 
 
 def _capped(scores, soft_cap: float | None):

@@ -20,8 +20,10 @@ from lemur_kernels.attention.mask import INT_MIN, Options, Rows
 from lemur_kernels.attention.tilings import Tiling, kv_heads_per_step
 from lemur_kernels.attention.tpu_forward import LOG2_E
 from lemur_kernels.target import target_device
+from lemur_kernels.x64 import without_x64
 
 
+@without_x64
 def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, *, tiling=None, interpret=False):
     """See lemur_kernels.attention.api; (out_BTHD, lse_BHT). `tiling` is for measurements and, with
     `interpret`, for tests; the certified one when None."""
@@ -38,6 +40,7 @@ def forward(q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, *, tiling=None
     return tokens_first(out_HTD, B, T), lse_BHT[..., :T]
 
 
+@without_x64
 def backward(
     q_BTHD, k_BSKD, v_BSKD, rows: Rows, options: Options, out_BTHD, lse_BHT, dout_BTHD, *,
     tiling=None, interpret=False,

@@ -59,7 +59,8 @@ def chip_of(device_kind: str) -> str:
     if device_kind not in DEVICE_KINDS:
         raise ValueError(
             f"device_kind={device_kind!r} has no certified kernels; supported: "
-            f"{', '.join(DEVICE_KINDS)}; use implementation='chunked' elsewhere"
+            f"{', '.join(DEVICE_KINDS)}; use implementation='chunked' elsewhere, or trace under "
+            "jax.set_mesh(mesh) to compile for TPUs that are not attached"
         )
     return DEVICE_KINDS[device_kind]
 
@@ -146,6 +147,8 @@ def _fix(shape: Shape, name: str, value, supported: list) -> str:
         fix = "cast q, k and v" if name == "dtype" else f"certify it with {_TOOL}"
         return f"{', '.join(map(str, supported)) or 'none'}; {fix}"
     nearest = min((s for s in supported if s >= value), default=supported[-1])
+    if name == "head_dim" and value > nearest:
+        return f"{nearest}, less than that"
     if name == "head_dim":
         return f"{nearest}; pad q, k and v with zeros to it and keep the scale"
     return f"{nearest}; split the row, or shard it over the sequence axis"

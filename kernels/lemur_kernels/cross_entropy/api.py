@@ -12,6 +12,7 @@ from lemur_kernels.cross_entropy.chunked import Chunked
 from lemur_kernels.cross_entropy.forward_gradient import Setting, losses
 from lemur_kernels.cross_entropy.reference import CrossEntropy, reference
 from lemur_kernels.target import target_device
+from lemur_kernels.varying import refuse_varying
 
 IMPLEMENTATIONS = ("reference", "chunked", "pallas_tpu")
 XLA_DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +40,7 @@ def cross_entropy(
       x_BTE: final hidden states, f32, bf16 or (not "pallas_tpu") f16.
       w_EV: output projection, x's dtype; the product accumulates in f32.
       targets_BT: integer ids in 0..valid_vocab - 1. An id out of range makes its nll_BT, loss,
-        z_loss and gradients NaN; one of a token with weight 0 never matters.
+        z_loss and gradients NaN; that of a token with weight 0 never matters, its nll_BT is 0.
       weights_BT: weight of each token's loss; constants: no gradient flows to them.
       z_loss: coefficient of log(Z)^2 (PaLM, arXiv:2204.02311, section 5).
       chunk_tokens: tokens of each row whose logits ("chunked") or bf16 probabilities
@@ -101,9 +102,12 @@ def cross_entropy(
     if implementation == "reference":
         found = reference(*arrays, z_loss, valid_vocab, axis_name)
     else:
+        if implementation == "pallas_tpu":
+            refuse_varying(implementation, *arrays)
         form = Chunked() if implementation == "chunked" else _pallas_tpu(chip, interpret)
         found = losses(form, *arrays, Setting(z_loss, chunk_tokens, valid_vocab, axis_name))
-    return found._replace(nll_BT=jnp.where(wrong_BT, jnp.nan, found.nll_BT))
+    illegal = jnp.where(wrong_BT, jnp.nan, 0.0)
+    return found._replace(nll_BT=jnp.where(legal_BT, found.nll_BT, illegal))
 
 
 def _pallas_tpu(chip: str | None, interpret):

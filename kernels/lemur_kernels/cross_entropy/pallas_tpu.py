@@ -25,6 +25,7 @@ from lemur_kernels.cross_entropy.blocks import Blocks, choose
 from lemur_kernels.cross_entropy.forward_gradient import Chunk, Setting
 from lemur_kernels.differentiation import no_derivative
 from lemur_kernels.needs_tpu import needs_tpu
+from lemur_kernels.x64 import without_x64
 
 MASKED = -3e38  # logit of a column that does not exist; exp(MASKED - FLOOR) == 0
 FLOOR = -1e37  # where the running maximum starts
@@ -93,6 +94,7 @@ def _by_lane(x):
     return functools.reduce(jnp.add, (x[:, i : i + LANES] for i in range(0, x.shape[1], LANES)))
 
 
+@without_x64
 def project(x_NE, w_EV, target_N, limit, blocks: Blocks, *, keep: bool, interpret=False):
     """(log Z, target's logit) of each token [N,1], and with `keep` what the gradient needs.
 
@@ -165,6 +167,7 @@ def _gradient_kernel(
     out_ref[...] = g.astype(out_ref.dtype)
 
 
+@without_x64
 def logits_gradient(
     p_NV, reference_N, target_N, log_z_N, weight_N, at_target_N, blocks: Blocks, *, interpret=False
 ):
