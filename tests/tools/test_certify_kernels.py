@@ -272,7 +272,7 @@ def test_the_shipped_table_is_one_that_the_kernels_take():
         assert c.vmem_kib * 1024 <= certify.CHIPS[c.shape.chip].vmem_bytes, c
         assert 0 < c.kcycles["segments"] <= 1.6 * c.kcycles["causal"], c
     matrix = certify.groups(argparse.Namespace(**certify.MATRIX))
-    assert {c.shape for c in table} == {certify._shape(case) for group in matrix for case in group}
+    assert {c.shape for c in table} >= {certify._shape(case) for group in matrix for case in group}
     assert len({c.shape for c in table}) == len(table)
 
 
