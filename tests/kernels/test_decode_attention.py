@@ -120,6 +120,21 @@ def test_out_of_range_is_nan_never_clamped(implementation):
     np.testing.assert_allclose(out[4], answer(p)[4], atol=3e-6)
 
 
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+def test_a_huge_length_harms_its_own_row_alone(implementation):
+    """Lengths and counts at the ends of int32: NaN there, the other rows as ever. Red if
+    gathered's `longest` is jnp.max(lengths_B), not cut off at M * Z (no block is read then)."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((20, 30, 30, 30, 30, 25), H=4, D=64))
+    lengths, new = p.lengths.copy(), p.new.copy()
+    lengths[1], lengths[2], new[3], new[4] = 2**31 - 1, -(2**31), 2**31 - 1, -(2**31)
+    out = p.run(
+        implementation, lengths_B=jnp.asarray(lengths), new_tokens_B=jnp.asarray(new), **kernel
+    )
+    assert np.isnan(out[1:5]).all()
+    np.testing.assert_allclose(out[[0, 5]], answer(p)[[0, 5]], atol=3e-6)
+
+
 def test_interpreter_raises_on_a_page_out_of_range():
     """Red when the ids are clipped in interpret mode too."""
     p = problem(Case((40, 40)))

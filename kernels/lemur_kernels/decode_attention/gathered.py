@@ -69,9 +69,8 @@ def gathered(
     shape = (B, K, N, G)
     start = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, D)))
     _, *start = varying_alike(q_BNHD, *start)
-    blocks = (jnp.max(lengths_B) + W * Z - 1) // (W * Z)
-    _, total_BKNG, out_BKNGD = lax.fori_loop(
-        0, jnp.minimum(blocks, (M + pad) // W), block, tuple(start)
-    )
+    longest = jnp.minimum(jnp.max(lengths_B), M * Z)  # a length out of range may not overflow the sum
+    blocks = (longest + W * Z - 1) // (W * Z)
+    _, total_BKNG, out_BKNGD = lax.fori_loop(0, blocks, block, tuple(start))
     out_BKNGD = out_BKNGD / jnp.where(total_BKNG == 0, 1, total_BKNG)[..., None]
     return out_BKNGD.swapaxes(1, 2).reshape(B, N, H, D).astype(q_BNHD.dtype)
