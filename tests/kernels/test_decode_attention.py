@@ -135,6 +135,34 @@ def test_a_huge_length_harms_its_own_row_alone(implementation):
     np.testing.assert_allclose(out[[0, 5]], answer(p)[[0, 5]], atol=3e-6)
 
 
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+@pytest.mark.parametrize("int8", (False, True))
+def test_pages_behind_the_window_are_not_in_use(implementation, int8):
+    """NaN in them, in their scales, and ids out of range (clipping would find a NaN): the answer is
+    as ever. The page where the window begins is in use: an id out of range there is NaN. Red if
+    gathered or pallas_tpu passes pages_in_use None for the window (int8: 0 * NaN is NaN)."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((90, 90, 90, 90), (2, 2, 2, 0), N=2, window=20, int8=int8))
+    last = len(p.k) - 1
+    p.table[p.table == last] = p.table[3, 0]  # page `last` is nobody's
+    behind = (90 - 2 - 20 + 1) // p.case.Z
+    p.table[0, :behind], p.table[1, :behind] = last, last + 1
+    p.table[3] = last + 1  # this row has no query: nothing is in use
+    expected = answer(p)
+    if int8:
+        pages = p.pages
+        pages = {name: pages[name].at[last].set(jnp.nan) for name in pages if "scales" in name}
+    else:
+        p.k[last] = p.v[last] = np.nan
+        pages = {}
+    table = p.table.copy()
+    table[2, behind] = last + 1
+    out = p.run(implementation, page_table_BM=jnp.asarray(table), **pages, **kernel)
+    np.testing.assert_allclose(out[:2], expected[:2], atol=3e-6)
+    assert np.isnan(out[2]).all()
+    np.testing.assert_array_equal(out[3], 0)
+
+
 def test_interpreter_raises_on_a_page_out_of_range():
     """Red when the ids are clipped in interpret mode too."""
     p = problem(Case((40, 40)))

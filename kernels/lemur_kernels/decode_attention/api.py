@@ -48,8 +48,10 @@ def decode_attention(
       kv_pages_PKZC: the cache, shaped [P, *page_shape(K, Z, D)] and written with `join`; q's
         dtype or int8. It already holds the new tokens. What lies in a page beyond the row's
         length never matters, not even NaN.
-      page_table_BM: int32 page ids in 0..P-1. Only the first ceil(lengths_B / Z) entries of a
-        row are read (with a window only the last of those); the others may be anything.
+      page_table_BM: int32 page ids in 0..P-1. In use are the pages that some query of the row
+        sees: the first ceil(lengths_B / Z) entries, with a window only the last of those, and
+        none in a row with new_tokens_B = 0. The others, their ids, pages and scales, may be
+        anything.
       lengths_B: int32 tokens of each row, the new ones included; at most M * Z. 0: free slot.
       new_tokens_B: int32 queries of each row, at most N; N in every row when None.
         A row with a length, a count or a page id in use that is out of range gives NaN (and
