@@ -163,6 +163,21 @@ def test_pages_behind_the_window_are_not_in_use(implementation, int8):
     np.testing.assert_array_equal(out[3], 0)
 
 
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+@pytest.mark.parametrize("window", (2**31 - 1, 48, 47))
+def test_a_window_of_all_tokens_is_no_window(implementation, window):
+    """More queries than tokens and a window near 2^31: row 1 has queries before its start, row 3
+    a page id -1 in use. 48 is all that a row can hold, 47 is not. Red if api keeps the window."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((20, 1, 30, 2, 48), (4, 4, 4, 4, 4), N=4, H=2, K=1, window=window))
+    expected = answer(p)
+    p.table[3, 0] = -1
+    out = p.run(implementation, page_table_BM=jnp.asarray(p.table[:, :3]), **kernel)
+    np.testing.assert_allclose(out[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], atol=3e-6)
+    np.testing.assert_array_equal(out[1, :3], 0)
+    assert np.isnan(out[3]).all()
+
+
 def test_interpreter_raises_on_a_page_out_of_range():
     """Red when the ids are clipped in interpret mode too."""
     p = problem(Case((40, 40)))

@@ -59,7 +59,7 @@ def decode_attention(
         range silently.
       k_scales_PK, v_scales_PK: f32, with int8 pages only: value = int8 * scale.
       scale: factor on the scores; 1 / sqrt(D) when None.
-      window: sliding window in tokens, the query's own included; None: all.
+      window: sliding window in tokens, the query's own included; None, or M * Z and more: all.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: off.
       implementation: "reference" (the definition), "gathered" (plain XLA, any backend, memory
         O(B N H) per block of keys, time of the longest row for every row) or "pallas_tpu"
@@ -87,6 +87,8 @@ def decode_attention(
         arguments.integers(name, x, shape, "int32")
     if window is not None:
         window = arguments.integer("window", window, 1, fix="or None for no window")
+        if window >= M * kv_pages_PKZC.shape[2]:  # all that a page table holds
+            window = None  # position - window would underflow int32 near 2^31
     if soft_cap is not None:
         soft_cap = arguments.number("soft_cap", soft_cap, above=0, fix="or None for no cap")
     scale = D**-0.5 if scale is None else arguments.number("scale", scale)
