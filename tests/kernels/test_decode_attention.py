@@ -348,6 +348,26 @@ def test_errors_name_the_field_and_the_fix():
         p.run("gathered", interpret=True)
     with pytest.raises(ValueError, match="head_dim=320 must be in 1..256"):
         page_shape(8, 64, 320)
+    for sizes, message in (
+        ((2.0, 64, 64), "kv_heads=2.0 must be an integer from 1 on"),
+        ((True, 64, 64), "kv_heads=True must be an integer"),
+        ((0, 64, 64), "kv_heads=0 must be an integer from 1 on"),
+        ((8, 64.0, 64), r"page_tokens=64.0 must be an integer .* one of \[16, 32"),
+        ((8, 512, 64), "page_tokens=512 must be one of .*nearest: 256"),
+        ((8, 64, 64.0), "head_dim=64.0 must be in 1..256 and an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page_shape(*sizes)
+    pages_64 = jnp.zeros((3, 2, 16, 128))
+    for function, name in ((split, "kv_C"), (quantize, "kv_PKZC")):
+        with pytest.raises(ValueError, match=rf"^{name} is .*head_dim=80 .* 256 lanes.*pass"):
+            function(pages_64, 80)
+        with pytest.raises(ValueError, match="head_dim=320 must be in 1..256"):
+            function(pages_64, 320)
+    with pytest.raises(ValueError, match="kv_PKZC is int8; pass float32 or bfloat16"):
+        quantize(pages_64.astype(jnp.int8), 64)
+    with pytest.raises(ValueError, match=r"kv_PKZC has shape \[3, 128\]; pass \[P,K,Z,C\]"):
+        quantize(pages_64[:, 0, 0], 64)
     with pytest.raises(ValueError, match="2 x 200000 entries.*at most 1 rows"):
         p.run("pallas_tpu", page_table_BM=jnp.zeros((2, 200_000), jnp.int32), interpret=True)
     with pytest.raises(ValueError, match="needs a TPU.*implementation='gathered'"):
