@@ -1,7 +1,12 @@
 """Decode attention in every implementation against float64, and what it must never read."""
 
+import itertools
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import lemur_kernels.decode_attention as decode_attention_package
 import numpy as np
 import pytest
 from decode_cases import CASES, Case, answer, problem
@@ -236,6 +241,18 @@ def test_quantize_keeps_half_a_step():
         scale = np.asarray(scale)[..., None, None]
         assert (np.abs(of * scale - part) <= scale * 0.5001).all()
     assert np.asarray(scales[0])[3, 0] == 0
+
+
+def test_the_readme_example_runs_as_written():
+    """Red if the README's example names something that it does not define or import."""
+    text = (Path(decode_attention_package.__file__).parent / "README.md").read_text()
+    lines = text[text.index("    import jax") :].splitlines()
+    example = itertools.takewhile(lambda line: not line or line.startswith("    "), lines)
+    names = {}
+    exec(textwrap.dedent("\n".join(example)), names)
+    assert names["out"].shape == names["q"].shape
+    weight = 1 / (1 + 19 * np.exp(-8.0))  # of the new key, scores 64 / 8, among 19 of 0
+    np.testing.assert_allclose(names["out"][0].astype(float), weight, rtol=0.01)
 
 
 @pytest.mark.parametrize("K, window", ((1, None), (2, 40)))
