@@ -10,6 +10,7 @@ import lemur_kernels.decode_attention as decode_attention_package
 import numpy as np
 import pytest
 from decode_cases import CASES, Case, answer, problem
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -217,6 +218,18 @@ def test_runs_inside_shard_map(implementation):
         sharded = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out)
         result = jax.jit(sharded)(q, cache, jnp.asarray(p.table), jnp.asarray(p.lengths))
         np.testing.assert_allclose(result, expected, atol=3e-6)
+
+
+@pytest.mark.parametrize("name", ("int8 bf16", "one kv head, three queries"))
+def test_kernel_where_x64_is_on(name):
+    """Interpreted and lowered for a TPU. Red if api does not turn x64 off around pallas_tpu."""
+    p = problem(CASES[name])
+    with jax.enable_x64(True):
+        close(p.run("pallas_tpu", interpret=True), answer(p), p.case)
+        arrays = {"q_BNHD": jnp.asarray(p.q, p.case.dtype), **p.pages}
+        arrays |= {"page_table_BM": jnp.asarray(p.table), "lengths_B": jnp.asarray(p.lengths)}
+        step = jax.jit(lambda given: decode_attention(**given, implementation="pallas_tpu"))
+        assert "tpu_custom_call" in export.export(step, platforms=["tpu"])(arrays).mlir_module()
 
 
 def test_pages_hold_keys_and_values_side_by_side():
