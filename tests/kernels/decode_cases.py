@@ -103,7 +103,7 @@ def problem(case: Case, seed: int = 0, spare_pages: int = 3) -> Problem:
         used = -(-lengths[b] // case.Z)
         table[b, used:] = random.choice([2**30 + 7, -5, P], M - used)
         if case.window is not None:
-            table[b, : max(0, lengths[b] - new[b] - case.window + 1) // case.Z] = 2**30 + 7
+            table[b, : max(0, int(lengths[b] - new[b]) - case.window + 1) // case.Z] = 2**30 + 7
     q = random.normal(size=(B, case.N, case.H, case.D)) * case.sharpness
     k, v = random.normal(size=(2, P, case.K, case.Z, case.D))
     return Problem(case, q, k, v, table, lengths, new)
@@ -120,7 +120,7 @@ def answer(p: Problem) -> np.ndarray:
     out = np.zeros(q.shape)
     for b in range(len(p.lengths)):
         for i in range(p.new[b]):
-            position = p.lengths[b] - p.new[b] + i
+            position = int(p.lengths[b] - p.new[b]) + i
             first = 0 if case.window is None else max(0, position - case.window + 1)
             keys = np.arange(first, position + 1)
             if not len(keys):

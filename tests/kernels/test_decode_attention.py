@@ -1,10 +1,16 @@
 """Decode attention in every implementation against float64, and what it must never read."""
 
+import itertools
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
+import lemur_kernels.decode_attention as decode_attention_package
 import numpy as np
 import pytest
 from decode_cases import CASES, Case, answer, problem
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -120,6 +126,64 @@ def test_out_of_range_is_nan_never_clamped(implementation):
     np.testing.assert_allclose(out[4], answer(p)[4], atol=3e-6)
 
 
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+def test_a_huge_length_harms_its_own_row_alone(implementation):
+    """Lengths and counts at the ends of int32: NaN there, the other rows as ever. Red if
+    gathered's `longest` is jnp.max(lengths_B), not cut off at M * Z (no block is read then)."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((20, 30, 30, 30, 30, 25), H=4, D=64))
+    lengths, new = p.lengths.copy(), p.new.copy()
+    lengths[1], lengths[2], new[3], new[4] = 2**31 - 1, -(2**31), 2**31 - 1, -(2**31)
+    out = p.run(
+        implementation, lengths_B=jnp.asarray(lengths), new_tokens_B=jnp.asarray(new), **kernel
+    )
+    assert np.isnan(out[1:5]).all()
+    np.testing.assert_allclose(out[[0, 5]], answer(p)[[0, 5]], atol=3e-6)
+
+
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+@pytest.mark.parametrize("int8", (False, True))
+def test_pages_behind_the_window_are_not_in_use(implementation, int8):
+    """NaN in them, in their scales, and ids out of range (clipping would find a NaN): the answer is
+    as ever. The page where the window begins is in use: an id out of range there is NaN. Red if
+    gathered or pallas_tpu passes pages_in_use None for the window (int8: 0 * NaN is NaN)."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((90, 90, 90, 90), (2, 2, 2, 0), N=2, window=20, int8=int8))
+    last = len(p.k) - 1
+    p.table[p.table == last] = p.table[3, 0]  # page `last` is nobody's
+    behind = (90 - 2 - 20 + 1) // p.case.Z
+    p.table[0, :behind], p.table[1, :behind] = last, last + 1
+    p.table[3] = last + 1  # this row has no query: nothing is in use
+    expected = answer(p)
+    if int8:
+        pages = p.pages
+        pages = {name: pages[name].at[last].set(jnp.nan) for name in pages if "scales" in name}
+    else:
+        p.k[last] = p.v[last] = np.nan
+        pages = {}
+    table = p.table.copy()
+    table[2, behind] = last + 1
+    out = p.run(implementation, page_table_BM=jnp.asarray(table), **pages, **kernel)
+    np.testing.assert_allclose(out[:2], expected[:2], atol=3e-6)
+    assert np.isnan(out[2]).all()
+    np.testing.assert_array_equal(out[3], 0)
+
+
+@pytest.mark.parametrize("implementation", (*XLA, "pallas_tpu"))
+@pytest.mark.parametrize("window", (2**31 - 1, 48, 47))
+def test_a_window_of_all_tokens_is_no_window(implementation, window):
+    """More queries than tokens and a window near 2^31: row 1 has queries before its start, row 3
+    a page id -1 in use. 48 is all that a row can hold, 47 is not. Red if api keeps the window."""
+    kernel = {"interpret": True} if implementation == "pallas_tpu" else {}
+    p = problem(Case((20, 1, 30, 2, 48), (4, 4, 4, 4, 4), N=4, H=2, K=1, window=window))
+    expected = answer(p)
+    p.table[3, 0] = -1
+    out = p.run(implementation, page_table_BM=jnp.asarray(p.table[:, :3]), **kernel)
+    np.testing.assert_allclose(out[[0, 1, 2, 4]], expected[[0, 1, 2, 4]], atol=3e-6)
+    np.testing.assert_array_equal(out[1, :3], 0)
+    assert np.isnan(out[3]).all()
+
+
 def test_interpreter_raises_on_a_page_out_of_range():
     """Red when the ids are clipped in interpret mode too."""
     p = problem(Case((40, 40)))
@@ -156,6 +220,18 @@ def test_runs_inside_shard_map(implementation):
         np.testing.assert_allclose(result, expected, atol=3e-6)
 
 
+@pytest.mark.parametrize("name", ("int8 bf16", "one kv head, three queries"))
+def test_kernel_where_x64_is_on(name):
+    """Interpreted and lowered for a TPU. Red if api does not turn x64 off around pallas_tpu."""
+    p = problem(CASES[name])
+    with jax.enable_x64(True):
+        close(p.run("pallas_tpu", interpret=True), answer(p), p.case)
+        arrays = {"q_BNHD": jnp.asarray(p.q, p.case.dtype), **p.pages}
+        arrays |= {"page_table_BM": jnp.asarray(p.table), "lengths_B": jnp.asarray(p.lengths)}
+        step = jax.jit(lambda given: decode_attention(**given, implementation="pallas_tpu"))
+        assert "tpu_custom_call" in export.export(step, platforms=["tpu"])(arrays).mlir_module()
+
+
 def test_pages_hold_keys_and_values_side_by_side():
     """The documented lanes; nothing lost. Red when values start at the wrong lane."""
     for head_dim, lanes, first in ((64, 128, 64), (80, 256, 128), (128, 256, 128), (256, 512, 256)):
@@ -178,6 +254,18 @@ def test_quantize_keeps_half_a_step():
         scale = np.asarray(scale)[..., None, None]
         assert (np.abs(of * scale - part) <= scale * 0.5001).all()
     assert np.asarray(scales[0])[3, 0] == 0
+
+
+def test_the_readme_example_runs_as_written():
+    """Red if the README's example names something that it does not define or import."""
+    text = (Path(decode_attention_package.__file__).parent / "README.md").read_text()
+    lines = text[text.index("    import jax") :].splitlines()
+    example = itertools.takewhile(lambda line: not line or line.startswith("    "), lines)
+    names = {}
+    exec(textwrap.dedent("\n".join(example)), names)
+    assert names["out"].shape == names["q"].shape
+    weight = 1 / (1 + 19 * np.exp(-8.0))  # of the new key, scores 64 / 8, among 19 of 0
+    np.testing.assert_allclose(names["out"][0].astype(float), weight, rtol=0.01)
 
 
 @pytest.mark.parametrize("K, window", ((1, None), (2, 40)))
@@ -290,6 +378,26 @@ def test_errors_name_the_field_and_the_fix():
         p.run("gathered", interpret=True)
     with pytest.raises(ValueError, match="head_dim=320 must be in 1..256"):
         page_shape(8, 64, 320)
+    for sizes, message in (
+        ((2.0, 64, 64), "kv_heads=2.0 must be an integer from 1 on"),
+        ((True, 64, 64), "kv_heads=True must be an integer"),
+        ((0, 64, 64), "kv_heads=0 must be an integer from 1 on"),
+        ((8, 64.0, 64), r"page_tokens=64.0 must be an integer .* one of \[16, 32"),
+        ((8, 512, 64), "page_tokens=512 must be one of .*nearest: 256"),
+        ((8, 64, 64.0), "head_dim=64.0 must be in 1..256 and an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            page_shape(*sizes)
+    pages_64 = jnp.zeros((3, 2, 16, 128))
+    for function, name in ((split, "kv_C"), (quantize, "kv_PKZC")):
+        with pytest.raises(ValueError, match=rf"^{name} is .*head_dim=80 .* 256 lanes.*pass"):
+            function(pages_64, 80)
+        with pytest.raises(ValueError, match="head_dim=320 must be in 1..256"):
+            function(pages_64, 320)
+    with pytest.raises(ValueError, match="kv_PKZC is int8; pass float32 or bfloat16"):
+        quantize(pages_64.astype(jnp.int8), 64)
+    with pytest.raises(ValueError, match=r"kv_PKZC has shape \[3, 128\]; pass \[P,K,Z,C\]"):
+        quantize(pages_64[:, 0, 0], 64)
     with pytest.raises(ValueError, match="2 x 200000 entries.*at most 1 rows"):
         p.run("pallas_tpu", page_table_BM=jnp.zeros((2, 200_000), jnp.int32), interpret=True)
     with pytest.raises(ValueError, match="needs a TPU.*implementation='gathered'"):

@@ -48,8 +48,10 @@ def decode_attention(
       kv_pages_PKZC: the cache, shaped [P, *page_shape(K, Z, D)] and written with `join`; q's
         dtype or int8. It already holds the new tokens. What lies in a page beyond the row's
         length never matters, not even NaN.
-      page_table_BM: int32 page ids in 0..P-1. Only the first ceil(lengths_B / Z) entries of a
-        row are read (with a window only the last of those); the others may be anything.
+      page_table_BM: int32 page ids in 0..P-1. In use are the pages that some query of the row
+        sees: the first ceil(lengths_B / Z) entries, with a window only the last of those, and
+        none in a row with new_tokens_B = 0. The others, their ids, pages and scales, may be
+        anything.
       lengths_B: int32 tokens of each row, the new ones included; at most M * Z. 0: free slot.
       new_tokens_B: int32 queries of each row, at most N; N in every row when None.
         A row with a length, a count or a page id in use that is out of range gives NaN (and
@@ -57,7 +59,7 @@ def decode_attention(
         range silently.
       k_scales_PK, v_scales_PK: f32, with int8 pages only: value = int8 * scale.
       scale: factor on the scores; 1 / sqrt(D) when None.
-      window: sliding window in tokens, the query's own included; None: all.
+      window: sliding window in tokens, the query's own included; None, or M * Z and more: all.
       soft_cap: scores become soft_cap * tanh(scores / soft_cap); None: off.
       implementation: "reference" (the definition), "gathered" (plain XLA, any backend, memory
         O(B N H) per block of keys, time of the longest row for every row) or "pallas_tpu"
@@ -85,6 +87,8 @@ def decode_attention(
         arguments.integers(name, x, shape, "int32")
     if window is not None:
         window = arguments.integer("window", window, 1, fix="or None for no window")
+        if window >= M * kv_pages_PKZC.shape[2]:  # all that a page table holds
+            window = None  # position - window would underflow int32 near 2^31
     if soft_cap is not None:
         soft_cap = arguments.number("soft_cap", soft_cap, above=0, fix="or None for no cap")
     scale = D**-0.5 if scale is None else arguments.number("scale", scale)
@@ -113,7 +117,8 @@ def decode_attention(
         soft_cap=soft_cap,
     )
     if implementation == "pallas_tpu":
-        out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **given, interpret=interpret)
+        with jax.enable_x64(False):  # TPU kernels have no 64-bit types; a no-op where x64 is off
+            out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **given, interpret=interpret)
     elif implementation == "gathered":
         out_BNHD = gathered(q_BNHD, kv_pages_PKZC, **given)
     else:

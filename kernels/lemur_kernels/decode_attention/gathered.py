@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from lemur_kernels.decode_attention.pages import split
-from lemur_kernels.decode_attention.reference import pages_of_rows, query_positions, visible
+from lemur_kernels.decode_attention.reference import (
+    pages_in_use,
+    pages_of_rows,
+    query_positions,
+    visible,
+)
 from lemur_kernels.product import einsum_f32
 from lemur_kernels.varying import varying_alike
 
@@ -36,8 +41,8 @@ def gathered(
 
     def block(j, carry):
         top_BKNG, total_BKNG, out_BKNGD = carry
-        page_W = j * W + jnp.arange(W)
-        used_BW = page_W * Z < lengths_B[:, None]
+        first_W = (j * W + jnp.arange(W)) * Z
+        used_BW = pages_in_use(first_W, Z, lengths_B, new_tokens_B, window)
         ids_BW = lax.dynamic_slice_in_dim(page_table_BM, j * W, W, 1)
         kv_BWKZC = pages_of_rows(kv_pages_PKZC, ids_BW, used_BW)
         kv_BKTC = kv_BWKZC.swapaxes(1, 2).reshape(B, K, W * Z, -1).astype(q_BNHD.dtype)
@@ -69,9 +74,8 @@ def gathered(
     shape = (B, K, N, G)
     start = (jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, D)))
     _, *start = varying_alike(q_BNHD, *start)
-    blocks = (jnp.max(lengths_B) + W * Z - 1) // (W * Z)
-    _, total_BKNG, out_BKNGD = lax.fori_loop(
-        0, jnp.minimum(blocks, (M + pad) // W), block, tuple(start)
-    )
+    longest = jnp.minimum(jnp.max(lengths_B), M * Z)  # else a wrong length overflows the sum
+    blocks = (longest + W * Z - 1) // (W * Z)
+    _, total_BKNG, out_BKNGD = lax.fori_loop(0, blocks, block, tuple(start))
     out_BKNGD = out_BKNGD / jnp.where(total_BKNG == 0, 1, total_BKNG)[..., None]
     return out_BKNGD.swapaxes(1, 2).reshape(B, N, H, D).astype(q_BNHD.dtype)

@@ -20,9 +20,11 @@ Axis key: P pages, K kv heads, Z tokens in a page, C lanes, D head dim.
 import jax
 import jax.numpy as jnp
 
+from lemur_kernels import arguments
+
 LANES = 128
 MAX_HEAD_DIM = 256
-MIN_PAGE, MAX_PAGE = 16, 256
+PAGE_TOKENS = [16, 32, 64, 128, 256]
 
 
 def value_lane(head_dim: int) -> int:
@@ -38,14 +40,15 @@ def page_shape(kv_heads: int, page_tokens: int, head_dim: int) -> tuple[int, int
     Raises:
       ValueError: a head_dim or page size that no implementation supports.
     """
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={head_dim} must be in 1..{MAX_HEAD_DIM}")
-    if not MIN_PAGE <= page_tokens <= MAX_PAGE or page_tokens & (page_tokens - 1):
-        sizes = [MIN_PAGE << i for i in range(5)]
-        nearest = min(sizes, key=lambda size: abs(size - page_tokens))
-        raise ValueError(f"page_tokens={page_tokens} must be one of {sizes}; nearest: {nearest}")
-    if kv_heads < 1:
-        raise ValueError(f"kv_heads={kv_heads} must be at least 1")
+    head_dim = _head_dim(head_dim)
+    fix = f"and one of {PAGE_TOKENS}"
+    page_tokens = arguments.integer("page_tokens", page_tokens, 1, fix=fix)
+    if page_tokens not in PAGE_TOKENS:
+        nearest = min(PAGE_TOKENS, key=lambda size: abs(size - page_tokens))
+        raise ValueError(
+            f"page_tokens={page_tokens} must be one of {PAGE_TOKENS}; nearest: {nearest}"
+        )
+    kv_heads = arguments.integer("kv_heads", kv_heads, 1)
     return kv_heads, page_tokens, 2 * value_lane(head_dim)
 
 
@@ -68,7 +71,12 @@ def join(k_D: jax.Array, v_D: jax.Array) -> jax.Array:
 
 
 def split(kv_C: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """The inverse of `join`: keys [..., D] and values [..., D]."""
+    """The inverse of `join`: keys [..., D] and values [..., D].
+
+    Raises:
+      ValueError: a head_dim that no page holds, or another than the one that kv_C was joined from.
+    """
+    _check_lanes("kv_C", kv_C, head_dim)
     first = value_lane(head_dim)
     return kv_C[..., :head_dim], kv_C[..., first : first + head_dim]
 
@@ -80,7 +88,12 @@ def quantize(kv_PKZC: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, j
     magnitude of a part becomes 127. A part of zeros gets scale 0. A part with a NaN or an inf gets
     that for its scale and reads as NaN, all of it: quantize pages whose every slot is finite, as
     `join` into zeros leaves them.
+
+    Raises:
+      ValueError: pages that are int8 already or no pages, or a head_dim that is not theirs.
     """
+    arguments.array("kv_PKZC", kv_PKZC, "PKZC", ("float32", "bfloat16"))
+    _check_lanes("kv_PKZC", kv_PKZC, head_dim)
     scales_PK, parts = [], []
     for part_PKZD in split(kv_PKZC.astype(jnp.float32), head_dim):
         scale_PK = jnp.abs(part_PKZD).max((-1, -2)) / 127
@@ -88,3 +101,16 @@ def quantize(kv_PKZC: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array, j
         parts.append(jnp.round(part_PKZD / divisor_PK11).astype(jnp.int8))
         scales_PK.append(scale_PK)
     return join(*parts), scales_PK[0], scales_PK[1]
+
+
+def _head_dim(value) -> int:
+    return arguments.integer("head_dim", value, 1, MAX_HEAD_DIM, fix="and an integer")
+
+
+def _check_lanes(name: str, kv_C, head_dim) -> None:
+    lanes = 2 * value_lane(_head_dim(head_dim))
+    if kv_C.shape[-1:] != (lanes,):
+        raise ValueError(
+            f"{name} is {list(kv_C.shape)}, with head_dim={head_dim} the last axis has {lanes} "
+            "lanes (page_shape); pass the head_dim of the keys and values given to `join`"
+        )

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lemur_kernels.decode_attention.kernel import DEPTH, kernel
 from lemur_kernels.decode_attention.pages import value_lane
 from lemur_kernels.decode_attention.plan import CORES, LANES, MAX_TABLE, Plan, make_items, make_plan
-from lemur_kernels.decode_attention.reference import pages_of_rows
+from lemur_kernels.decode_attention.reference import pages_in_use, pages_of_rows
 from lemur_kernels.needs_tpu import needs_tpu
 
 
@@ -79,7 +79,8 @@ def pallas_tpu(
         pltpu.VMEM((plan.heads, plan.rows, L), jnp.float32),
     ]
     if k_scales_PK is not None:
-        scales = _scales_of_rows((k_scales_PK, v_scales_PK), page_table_BM, lengths_B, plan, K, Z)
+        used_BM = pages_in_use(jnp.arange(M) * Z, Z, lengths_B, new_tokens_B, window)
+        scales = _scales_of_rows((k_scales_PK, v_scales_PK), page_table_BM, used_BM, plan, K)
         inputs.append(scales)
         specs.append(pl.BlockSpec((1, 2, 1, *scales.shape[3:]), place_scales))
         scratch.append(pltpu.VMEM((2, plan.heads, T), jnp.float32))
@@ -142,10 +143,9 @@ def _unstack(out_BKRD, N: int, plan: Plan, G: int) -> jax.Array:
     return out.reshape(B, plan.tiles * plan.queries, K * G, D)[:, :N]
 
 
-def _scales_of_rows(scales, page_table_BM, lengths_B, plan: Plan, K: int, Z: int) -> jax.Array:
+def _scales_of_rows(scales, page_table_BM, used_BM, plan: Plan, K: int) -> jax.Array:
     """Scales of each row's pages, f32 [B, 2 (keys, values), groups, heads, M padded to lanes]."""
     B, M = page_table_BM.shape
-    used_BM = jnp.arange(M) * Z < lengths_B[:, None]
     parts = [pages_of_rows(x, page_table_BM, used_BM).swapaxes(1, 2) for x in scales]
     x_B2KM = jnp.pad(jnp.stack(parts, 1), ((0, 0), (0, 0), (0, 0), (0, -M % LANES)))
     return x_B2KM.reshape(B, 2, K // plan.heads, plan.heads, -1)

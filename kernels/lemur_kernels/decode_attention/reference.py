@@ -16,13 +16,21 @@ def pages_of_rows(pages_P: jax.Array, page_table: jax.Array, used) -> jax.Array:
     return jnp.where(used.reshape(used.shape + (1,) * (pages_P.ndim - 1)), found, 0)
 
 
+def pages_in_use(first_M, Z: int, lengths_B, new_tokens_B, window: int | None) -> jax.Array:
+    """Which pages some query of the row sees, bool [B, M]; first_M: each page's first position.
+
+    The only definition: ids, scales and contents of all other pages are never looked at.
+    """
+    used_BM = (first_M < lengths_B[:, None]) & (new_tokens_B > 0)[:, None]
+    if window is None:
+        return used_BM
+    return used_BM & (first_M + Z > (lengths_B - new_tokens_B - window + 1)[:, None])
+
+
 def legal_rows(page_table_BM, lengths_B, new_tokens_B, N, P, Z, window) -> jax.Array:
-    """Rows whose lengths and pages in sight are in range, bool [B]; the others' output is NaN."""
+    """Rows whose lengths and pages in use are in range, bool [B]; the others' output is NaN."""
     M = page_table_BM.shape[1]
-    first_M = jnp.arange(M) * Z  # each page's first position
-    used_BM = first_M < lengths_B[:, None]
-    if window is not None:
-        used_BM &= first_M + Z > (lengths_B - new_tokens_B - window + 1)[:, None]
+    used_BM = pages_in_use(jnp.arange(M) * Z, Z, lengths_B, new_tokens_B, window)
     wrong_BM = used_BM & ((page_table_BM < 0) | (page_table_BM >= P))
     lengths_fit_B = (lengths_B >= 0) & (lengths_B <= M * Z)
     return lengths_fit_B & (new_tokens_B >= 0) & (new_tokens_B <= N) & ~wrong_BM.any(1)
@@ -48,7 +56,7 @@ def reference(
     B, N, H, D = q_BNHD.shape
     K, Z = kv_pages_PKZC.shape[1:3]
     M = page_table_BM.shape[1]
-    used_BM = jnp.arange(M) * Z < lengths_B[:, None]
+    used_BM = pages_in_use(jnp.arange(M) * Z, Z, lengths_B, new_tokens_B, window)
     kv_BMKZC = pages_of_rows(kv_pages_PKZC, page_table_BM, used_BM).astype(jnp.float32)
     k_BMKZD, v_BMKZD = split(kv_BMKZC, D)
     if k_scales_PK is not None:
