@@ -117,8 +117,7 @@ def decode_attention(
         soft_cap=soft_cap,
     )
     if implementation == "pallas_tpu":
-        with jax.enable_x64(False):  # TPU kernels have no 64-bit types; a no-op where x64 is off
-            out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **given, interpret=interpret)
+        out_BNHD = pallas_tpu(q_BNHD, kv_pages_PKZC, **given, interpret=interpret)
     elif implementation == "gathered":
         out_BNHD = gathered(q_BNHD, kv_pages_PKZC, **given)
     else:

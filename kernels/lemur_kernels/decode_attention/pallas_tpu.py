@@ -24,8 +24,10 @@ from lemur_kernels.decode_attention.pages import value_lane
 from lemur_kernels.decode_attention.plan import CORES, LANES, MAX_TABLE, Plan, make_items, make_plan
 from lemur_kernels.decode_attention.reference import pages_in_use, pages_of_rows
 from lemur_kernels.needs_tpu import needs_tpu
+from lemur_kernels.x64 import without_x64
 
 
+@without_x64
 def pallas_tpu(
     q_BNHD, kv_pages_PKZC, *, page_table_BM, lengths_B, new_tokens_B, k_scales_PK, v_scales_PK,
     scale, window, soft_cap, interpret=False,
