@@ -10,13 +10,16 @@ from lemur_kernels.attention.shapes import Certificate, Shape
 SHAPE = Shape("v4", "forward", "bfloat16", 128, 64, 8, 4096)
 
 
-def _certificate(blocks=None, **fields) -> Certificate:
+TWO_HEADS = {"block": 512, "heads": 2, "vmem_bytes": None}
+
+
+def _certificate(blocks=None, kcycles=1268.7, **fields) -> Certificate:
     return Certificate(
         shape=dataclasses.replace(SHAPE, **fields),
         blocks=blocks or {"block": 512, "heads": 8, "vmem_bytes": None},
         vmem_kib=10108,
         spills=12,
-        kcycles={"causal": 1268.7, "segments": 268.2},
+        kcycles={"causal": kcycles, "segments": 268.2},
     )
 
 
@@ -25,7 +28,9 @@ TABLE = [
     _certificate(seq=512),
     _certificate(seq=8192, blocks={"block": 512, "heads": 2, "vmem_bytes": 2**24}),
     _certificate(heads=8, kv_heads=1),
-    _certificate(heads=32, kv_heads=32),
+    _certificate(heads=32, kv_heads=32, kcycles=700.0),
+    _certificate(heads=4, kv_heads=4, kcycles=95.0, blocks=TWO_HEADS),
+    _certificate(heads=10, kv_heads=10, kcycles=300.0, blocks=TWO_HEADS),
     _certificate(head_dim=64),
     _certificate(head_dim=256),
     _certificate(dtype="float32"),
@@ -66,11 +71,15 @@ def test_mixed_columns_are_refused():
         ({"seq": 4097}, {"seq": 8192}),
         ({"heads": 8, "kv_heads": 1}, {"heads": 8, "kv_heads": 1}),
         ({"heads": 128, "kv_heads": 16}, {}),  # the same program, more steps
-        ({"heads": 40, "kv_heads": 40}, {"heads": 32, "kv_heads": 32}),
+        ({"heads": 48, "kv_heads": 48}, {"heads": 32, "kv_heads": 32}),  # 21.9 kcycles a head
+        ({"heads": 40, "kv_heads": 40}, {"heads": 4, "kv_heads": 4}),  # 23.8: 5 steps, 2 cores
+        ({"heads": 10, "kv_heads": 10}, {"heads": 10, "kv_heads": 10}),  # its own, though 30
+        ({"heads": 8, "kv_heads": 8}, {"heads": 4, "kv_heads": 4}),  # 8 at once: one core of two
     ],
 )
 def test_a_shape_takes_the_nearest_certificate_that_holds_it(path, fields, expected):
-    """Red if certificate_for takes the longest row, or ignores the heads' distance."""
+    """Red if certificate_for takes the longest row, or the nearest heads, or ignores a core that
+    idles or a shape's own row."""
     asked = dataclasses.replace(SHAPE, **fields)
     found = shapes.certificate_for(asked, path)
     assert found.shape == dataclasses.replace(SHAPE, **expected)
@@ -96,8 +105,8 @@ def test_a_shape_takes_the_nearest_certificate_that_holds_it(path, fields, expec
             r"heads / kv_heads=4 .*none \(8 cannot be reached by repeating kv heads\); certify it",
         ),
         (
-            {"heads": 12, "kv_heads": 12},
-            "heads=12 .*nearest supported: 16; pad heads to 16 with zeros, kv heads to 16",
+            {"heads": 11, "kv_heads": 11},
+            "heads=11 .*nearest supported: 12; pad heads to 12 with zeros, kv heads to 12",
         ),
         ({"seq": 9000}, "seq=9000 .*nearest supported: 8192; split the row"),
         ({"direction": "backward", "seq": 8192}, "seq=8192 .*nearest supported: 4096;"),

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from lemur_kernels.attention.tilings import CHIPS, kv_heads_per_step
 from lemur_kernels.target import DEVICE_KINDS
 
 TABLE = Path(__file__).with_name("certified.csv")
@@ -91,7 +92,8 @@ def _certificate(row: dict[str, str]) -> Certificate:
 
 def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
     """The certificate to run a shape with: same chip, direction, dtype and head_dim, as many query
-    heads to a kv head, the shortest certified row that holds `seq` tokens (kernels pad).
+    heads to a kv head, the shortest certified row that holds `seq` tokens (kernels pad). Of several
+    its own heads', or else the one with the fewest predicted cycles a head.
 
     Raises:
       ValueError: outside of the table; names the field and the nearest supported value.
@@ -122,10 +124,21 @@ def certificate_for(shape: Shape, path: Path = TABLE) -> Certificate:
     if not left:
         raise ValueError(_outside(shape, "seq", shape.seq, lengths))
 
-    def distance(c: Certificate):
-        return c.shape.seq, abs(c.shape.kv_heads - shape.kv_heads), abs(c.shape.heads - shape.heads)
+    def order(c: Certificate):
+        return c.shape.seq, c.shape.heads != shape.heads, _cycles_per_head(c, shape)
 
-    return min(left, key=distance)
+    return min(left, key=order)
+
+
+def _cycles_per_head(c: Certificate, shape: Shape) -> float:
+    """Predicted kcycles of one document, a query head, when a certificate's program runs a shape:
+    what cannot be shared evenly leaves a core idle."""
+    step, split = c.blocks.get("heads", 1), c.blocks.get("split", 1)
+    runs = shape.heads // step
+    if shape.direction == "backward":
+        runs = shape.kv_heads // kv_heads_per_step(step, shape.heads // shape.kv_heads) * split
+    cores = CHIPS[shape.chip].cores
+    return c.kcycles["causal"] / c.shape.heads * (-(-runs // cores) * cores / runs)
 
 
 def _fix(shape: Shape, name: str, value, supported: list) -> str:
